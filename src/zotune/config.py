@@ -1,0 +1,229 @@
+"""The configuration of a run: one TOML file, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from zotune.errors import ConfigError, unknown
+
+
+class Section(BaseModel):
+    """A table of the file; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which model to tune."""
+
+    path: str = Field(min_length=1, description="Hugging Face hub id or folder of a causal language model")
+    revision: str | None = Field(default=None, description="hub revision")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: bfloat16 where the device multiplies it natively, else float32"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(default=False, description="run modelling code that comes with the checkpoint")
+
+
+class DataConfig(Section):
+    """What to learn: a built-in task, or a user's own rows with a template."""
+
+    task: str | None = Field(default=None, description="built-in task; the other keys below default to its own")
+    train: str | None = Field(default=None, description="JSONL, CSV or Parquet file, or a Hugging Face data set id")
+    validation: str | None = Field(default=None, description="the same; default: split off the training rows")
+    prompt: str | None = Field(default=None, description="template, the row's fields in braces: '{text} It was'")
+    candidates: list[str] | None = Field(default=None, description="one continuation per class, in label order")
+    label: str | None = Field(default=None, description="field with the class: its number or candidate")
+    completion: str | None = Field(default=None, description="template of the text to learn, without candidates")
+    train_size: int | None = Field(default=None, ge=1, description="rows to train on; default: all")
+    validation_size: int | None = Field(default=None, ge=1, description="rows to evaluate on; default: at most 500")
+    split_seed: int = Field(default=0, ge=0, description="seed of the row permutation before rows are taken")
+    max_length: int | None = Field(default=None, ge=2, description="tokens per row; default: the model's context")
+    bos: Literal["tokenizer", "none"] | int = Field(
+        default="tokenizer", description="first token: what the tokenizer prepends, none, or a token id"
+    )
+
+    @field_validator("task")
+    @classmethod
+    def _task_exists(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        from zotune.tasks import TASKS
+
+        return _known("task", name, TASKS)
+
+
+class MethodConfig(Section):
+    """How to learn; what is left out comes from the preset."""
+
+    preset: str = "lozo"
+    scope: Literal["linear", "all"] | None = Field(default=None, description="linear weights only, or every parameter")
+    lr: float | None = Field(default=None, ge=0, description="learning rate, LOZO's official code's convention")
+    eps: float | None = Field(default=None, gt=0, description="probe distance")
+    rank: int | None = Field(default=None, ge=1, description="rank of a direction")
+    interval: int | None = Field(default=None, ge=1, description="steps that share V (nu)")
+    directions: int | None = Field(default=None, ge=1, description="directions per step")
+    estimator: Literal["two-point", "one-sided"] | None = None
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    weight_decay: float | None = Field(default=None, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    warmup_steps: int | None = Field(default=None, ge=0)
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_exists(cls, name: str) -> str:
+        from zotune.presets import PRESETS
+
+        return _known("preset", name, PRESETS)
+
+
+class TrainConfig(Section):
+    """How long, how much at a time, and what to keep."""
+
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=16, ge=1, description="examples per step")
+    seed: int = Field(default=0, ge=0, description="seed of directions and of the batch order")
+    eval_every: int = Field(
+        default=100, ge=1, description="steps between evaluations; also before the first and after the last"
+    )
+    checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints; one more at the end")
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints to keep")
+    max_skipped: int = Field(default=10, ge=1, description="non-finite steps in a row before the run stops")
+
+
+class RuntimeConfig(Section):
+    """Where the tensors live."""
+
+    type: Literal["torch"] = "torch"
+    fold: Literal["stochastic", "master"] = Field(
+        default="stochastic",
+        description="keyed stochastic rounding, or a float32 copy of the weights",
+    )
+    max_tokens: int = Field(default=16384, ge=16, description="tokens per forward; larger batches are cut")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; default: PyTorch's")
+
+
+class Config(Section):
+    """A whole run."""
+
+    output: str = Field(min_length=1, description="run directory; must not exist")
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig = TrainConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration file.
+
+    Args:
+        path: The TOML file.
+        overrides: Assignments such as ``train.steps=10`` that replace what the file says, with values in TOML's
+            notation; a value that is not TOML is taken as text.
+
+    Raises:
+        ConfigError: The file is missing, is not TOML, or has an unknown key or a value that is not allowed.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for assignment in overrides:
+        _assign(table, assignment)
+    return parse(table, source=str(path))
+
+
+def parse(table: dict[str, Any], source: str = "configuration") -> Config:
+    """Check a configuration given as nested dictionaries; same errors as `load`."""
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(problem) for problem in error.errors())
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def _assign(table: dict[str, Any], assignment: str) -> None:
+    """Carry out one ``section.key=value`` in place."""
+    name, separator, text = assignment.partition("=")
+    *sections, key = name.strip().split(".")
+    if not separator or not key:
+        raise ConfigError(f"cannot read the setting {assignment!r}: write it as section.key=value, e.g. train.steps=10")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"cannot set {name.strip()!r}: {section!r} is not a table")
+    try:
+        table[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[key] = text.strip()
+
+
+def _known(kind: str, name: str, allowed: Iterable[str]) -> str:
+    names = list(allowed)
+    if name not in names:
+        raise ValueError(unknown(kind, name, names))
+    return name
+
+
+def _explain(problem: Any) -> str:
+    """One line for one of pydantic's problems, with the nearest valid key for an unknown one."""
+    path, section = _locate(problem["loc"])
+    where = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(path, section)
+    if problem["type"] == "missing":
+        return f"{where} is required"
+    if problem["type"] == "model_type":
+        return f"{where} is a table: write [{where}] and its keys below (got {problem['input']!r})"
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['ctx']['error']}"
+    if where == "data.bos":
+        # Each member of the union complains on its own; one line says what all of them allow.
+        return f"data.bos: must be 'tokenizer', 'none' or a token id (got {problem['input']!r})"
+    return f"{where}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _tables() -> dict[str, type[BaseModel]]:
+    """The file's tables by name."""
+    kinds = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
+def _locate(location: Sequence[int | str]) -> tuple[list[str], type[BaseModel]]:
+    """The key that a problem is about, without what pydantic adds below it, and the table that ought to hold it."""
+    names = [str(part) for part in location]
+    table = _tables().get(names[0])
+    if table is None or len(names) == 1:
+        return names[:1], Config
+    return names[:2], table
+
+
+def _unknown_key(path: list[str], table: type[BaseModel]) -> str:
+    key, where = path[-1], ".".join(path)
+    for name, other in _tables().items():
+        if key in other.model_fields:
+            return f"unknown key {where!r}. Did you mean {name + '.' + key!r}, in the table [{name}]?"
+    return unknown("key", where, [".".join([*path[:-1], name]) for name in table.model_fields])
+
+
+def dump(config: Config) -> str:
+    """The configuration as TOML text that `load` reads back to an equal configuration."""
+    tables = config.model_dump(exclude_none=True)
+    lines = [f"output = {_toml(tables.pop('output'))}"]
+    for section, values in tables.items():
+        lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    # JSON's strings, lists of strings, numbers and booleans are also TOML's.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,50 @@
+"""The exceptions of zotune: one tree, so that a caller can catch what is theirs to mend.
+
+Every message says what was got, what is allowed and what to do. The command line prints it as one line, without a
+traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ZotuneError(Exception):
+    """Base of every error that zotune raises on purpose."""
+
+
+class ConfigError(ZotuneError):
+    """A configuration names something unknown or asks for something impossible."""
+
+
+class DataError(ZotuneError):
+    """A data file, a template or a row cannot be used as asked."""
+
+
+class ModelError(ZotuneError):
+    """A model cannot be loaded, or a part of it cannot be tuned as asked."""
+
+
+class NonFiniteLossError(ZotuneError):
+    """A probe's loss is NaN or infinite, so the step has no estimate."""
+
+
+class DivergedError(ZotuneError):
+    """Too many steps in a row had a non-finite loss."""
+
+
+class JournalError(ZotuneError):
+    """A journal or checkpoint is missing, damaged or belongs to something else."""
+
+
+class RunExistsError(ZotuneError):
+    """A run directory is already there, and nothing said to resume it."""
+
+
+def unknown(kind: str, got: str, allowed: Iterable[str]) -> str:
+    """Message for an unknown name: what was got, the nearest valid name if there is one, and all valid names."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {got!r}.{hint} Known: {', '.join(names)}."

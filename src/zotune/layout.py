@@ -1,0 +1,55 @@
+"""Sites and layouts: all that an optimizer may know of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Site:
+    """One parameter tensor that is tuned.
+
+    Attributes:
+        name: Its canonical Hugging Face name, e.g. ``model.layers.0.self_attn.q_proj.weight``.
+        shape: ``(out, in)`` for a matrix, whatever way round the checkpoint stores it; ``(n,)`` for a vector.
+            An embedding is ``(vocabulary, width)``.
+        decays: Whether weight decay applies (false for biases and norms).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    decays: bool = True
+
+    @property
+    def is_matrix(self) -> bool:
+        """True for linear weights and embeddings, false for biases and norm gains."""
+        return len(self.shape) == 2
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        product = 1
+        for extent in self.shape:
+            product *= extent
+        return product
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ordered sites of a model."""
+
+    sites: tuple[Site, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of names and shapes, in order; equal fingerprints mean interchangeable journals."""
+        text = json.dumps([[site.name, site.shape, site.decays] for site in self.sites])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Number of tuned parameters."""
+        return sum(site.size for site in self.sites)

@@ -1,0 +1,68 @@
+"""Loading a model and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zotune.config import ModelConfig
+from zotune.errors import ModelError
+from zotune.runtimes.precision import product_dtype
+
+
+def load(config: ModelConfig) -> tuple[Any, Any]:
+    """The model, in evaluation mode on its device, and its tokenizer.
+
+    Raises:
+        ModelError: There is no such model, its files cannot be read, or the device is not there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = _device(config.device)
+    _check_folder(config.path)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
+        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=_dtype(config.dtype, device), **options)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load the model {config.path!r}: {reason} "
+            "Give a folder with config.json, weights and tokenizer, or the id of a model on the hub."
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def context_length(model: Any) -> int:
+    """Longest sequence in tokens that the model's positions allow."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 2**20)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {name!r} is not there. Use 'auto', 'cpu' or a CUDA device that PyTorch sees.") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return product_dtype(torch.bfloat16, device.type)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise ModelError(f"the model folder {path!r} does not exist")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"the model folder {path!r} has no config.json, so it is not a Hugging Face checkpoint")

@@ -1,0 +1,125 @@
+"""The optimizer: ask for probes, tell the losses. It holds no tensor and knows no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from zotune.errors import ConfigError, NonFiniteLossError
+from zotune.estimators import ESTIMATORS
+from zotune.protocol import DirectionKey, Proposal, Update
+from zotune.schedules import factor
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything that defines a zeroth-order method, as plain values.
+
+    Attributes:
+        family: ``low-rank`` directions ``U V^T`` or ``dense`` ones.
+        distribution: Of the variates: ``normal`` or ``rademacher``.
+        scope: ``linear``: the weights of linear layers except the output head; ``all``: every parameter.
+        rank: Columns of U and V (low-rank).
+        interval: Steps that share V, nu (low-rank).
+        normalised: Whether directions are divided by ``sqrt(rank)`` (low-rank).
+        estimator: ``two-point`` or ``one-sided``.
+        directions: Directions per step, q.
+        eps: Distance of a probe from the clean model.
+        lr: Learning rate, in the convention of LOZO's official code (``B -= lr * c * U``).
+        momentum: Beta of LOZO-M; 0 for plain SGD (low-rank).
+        weight_decay: Decoupled: ``W -= lr * weight_decay * W``, biases and norms excepted.
+        schedule: ``constant``, ``linear`` or ``cosine``, after ``warmup_steps`` of linear rise.
+        warmup_steps: See ``schedule``.
+        lora_rank: Tune freshly added LoRA matrices of this rank on the query and value projections instead of the
+            model's own weights.
+        lora_alpha: LoRA's alpha: the adapter's output is multiplied by ``alpha / rank``.
+    """
+
+    family: Literal["low-rank", "dense"] = "low-rank"
+    distribution: Literal["normal", "rademacher"] = "normal"
+    scope: Literal["linear", "all"] = "all"
+    rank: int = 2
+    interval: int = 50
+    normalised: bool = False
+    estimator: Literal["two-point", "one-sided"] = "two-point"
+    directions: int = 1
+    eps: float = 1e-3
+    lr: float = 1e-6
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.family == "dense" and self.momentum:
+            raise ConfigError(
+                f"momentum = {self.momentum} needs low-rank directions: a dense momentum is a second copy of the model. "
+                "Use the preset lozo-m, or momentum = 0."
+            )
+        if self.lora_rank is not None and self.family != "dense":
+            raise ConfigError("LoRA matrices are tuned with dense directions; use the preset mezo-lora")
+
+    @property
+    def scale(self) -> float:
+        """Factor of ``U V^T`` in a direction."""
+        return 1 / math.sqrt(self.rank) if self.normalised else 1.0
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Proposes the probes of each step and turns their losses into an update.
+
+    Both directions are pure functions of the step, so a run can be resumed, replayed or replicated from its journal.
+
+    Attributes:
+        method: What to do.
+        steps: Length of the run, which the schedule needs.
+    """
+
+    method: Method
+    steps: int
+
+    def ask(self, step: int) -> Proposal:
+        """The probes of ``step``."""
+        method = self.method
+        window = step // method.interval if method.family == "low-rank" else step
+        keys = [DirectionKey(window, step, index) for index in range(method.directions)]
+        return Proposal(step, window, ESTIMATORS[method.estimator].probes(keys, method.eps))
+
+    def tell(self, proposal: Proposal, losses: Sequence[float]) -> Update:
+        """The update that follows from the losses of a proposal's probes.
+
+        Raises:
+            ValueError: The proposal is not one of this optimizer's, or the number of losses is not that of its probes.
+            NonFiniteLossError: A loss is NaN or infinite; `skip` gives the update that leaves the weights alone.
+        """
+        if proposal != self.ask(proposal.step):
+            raise ValueError(f"the proposal of step {proposal.step} was not asked from this optimizer")
+        if len(losses) != len(proposal.probes):
+            raise ValueError(f"got {len(losses)} losses for the {len(proposal.probes)} probes of step {proposal.step}")
+        if not all(math.isfinite(loss) for loss in losses):
+            raise NonFiniteLossError(f"step {proposal.step}: losses {[float(loss) for loss in losses]}")
+        coefficients = ESTIMATORS[self.method.estimator].coefficients([float(x) for x in losses], self.method.eps)
+        return self.update(proposal.step, coefficients)
+
+    def skip(self, proposal: Proposal) -> Update:
+        """The update of a step without an estimate: the weights stay, but a window still closes in its time."""
+        return self.update(proposal.step, ())
+
+    def update(self, step: int, coefficients: Sequence[float]) -> Update:
+        """The update of ``step`` with known coefficients, as a journal holds them; none for a skipped step."""
+        proposal, method = self.ask(step), self.method
+        keys = dict.fromkeys(probe.key for probe in proposal.probes if probe.key is not None)
+        terms = tuple(zip(keys, coefficients, strict=True)) if coefficients else ()
+        lr = method.lr * factor(method.schedule, step, self.steps, method.warmup_steps)
+        closes = method.family == "low-rank" and (step + 1) % method.interval == 0
+        return Update(step, proposal.window, terms, lr, closes)
+
+    def loss(self, losses: Sequence[float]) -> float:
+        """The step's loss for people: the mean over its probes."""
+        return math.fsum(losses) / len(losses)

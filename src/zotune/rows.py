@@ -1,0 +1,55 @@
+"""Rows: packed token sequences with the spans to score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A continuation whose log-likelihood counts.
+
+    Attributes:
+        tokens: Token ids that follow the row's prompt; at least one.
+        scored: Ascending indices into ``tokens`` whose log-probabilities are summed; at least one.
+    """
+
+    tokens: tuple[int, ...]
+    scored: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt, computed once, and the candidates that branch off it.
+
+    Attributes:
+        prompt: Token ids shared by all candidates; at least one (its last token predicts each candidate's first).
+        candidates: At least one.
+    """
+
+    prompt: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def single_token(self) -> bool:
+        """True when every candidate is one token, so that the prompt alone has to be computed."""
+        return all(len(candidate.tokens) == 1 for candidate in self.candidates)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that a forward pass computes for this row."""
+        # The last token of a branch predicts nothing that counts, so it is not computed.
+        return len(self.prompt) + sum(len(candidate.tokens) - 1 for candidate in self.candidates)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row with what the objective must know about it.
+
+    Attributes:
+        row: Its tokens.
+        gold: Index of the right candidate (0 when there is one candidate, a completion).
+    """
+
+    row: Row
+    gold: int = 0

@@ -1,0 +1,57 @@
+"""The runtime protocol: what executes where the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from zotune.layout import Layout
+from zotune.protocol import Probe, Update
+from zotune.rows import Row
+
+
+class Runtime(Protocol):
+    """Owns a model, its directions and its accumulated update; speaks in keys and scalars.
+
+    Attributes:
+        layout: The sites it tunes.
+        fingerprint: Hexadecimal SHA-256 of the base weights, so that a journal is never replayed onto another model.
+    """
+
+    layout: Layout
+    fingerprint: str
+
+    def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
+        """Log-likelihood of every candidate of every row under every probe.
+
+        Args:
+            probes: All from the current window.
+            rows: Any number; the runtime cuts them by tokens to fit its memory.
+            normalised: Whether the vocabulary's normaliser is needed. When false, scores may miss a constant per row
+                and probe, which lets rows of single-token candidates skip most of the output head.
+
+        Returns:
+            float32 array ``(len(probes), total candidates)``, candidates in the order of the rows; each is the sum of
+            the log-probabilities of the candidate's scored tokens.
+        """
+        ...
+
+    def apply(self, update: Update) -> None:
+        """Change the weights in factor space; at the end of a window fold and start the next one."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `apply` has changed, as CPU tensors, bit for bit."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor], window: int) -> None:
+        """Restore what `state` returned while ``window`` was the current window."""
+        ...
+
+    def export(self, path: Path) -> None:
+        """Write the tuned model as an ordinary Hugging Face folder."""
+        ...

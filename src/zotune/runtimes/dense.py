@@ -1,0 +1,113 @@
+"""Dense perturbation: MeZO's directions, added to one weight at a time inside the forward.
+
+Block k sees ``W + mix[k] z``. Only one site's direction and one perturbed copy of its weight exist at a time, and the
+stored weights change nowhere but in `DenseSpace.apply`: there is nothing to restore after a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zotune.directions import DenseDirections
+from zotune.layout import Site
+from zotune.optimizer import Method
+from zotune.protocol import DirectionKey, Probe, Update
+from zotune.runtimes.folding import Fold
+from zotune.runtimes.lowrank import Lookup, Vector, mixture
+from zotune.updates import combine
+
+Draw = Callable[[], Tensor]
+
+
+class DenseMatrix:
+    """A linear or embedding weight as every block sees it; see `zotune.runtimes.lowrank.LowRankMatrix`."""
+
+    keep = 1.0
+
+    def probe(self, directions: Sequence[Draw], mix: Tensor) -> None:
+        """Take how to draw this step's directions, and how the blocks mix them, ``(blocks, 1 + directions)``."""
+        self._directions = directions
+        self._mix = mix.tolist()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """``x_k W_k^T + bias`` of every block; arguments as in `LowRankMatrix.linear`."""
+        y = x.new_empty(*x.shape[:2], len(weight))
+        for block in self._unmoved():
+            y[block] = F.linear(x[block], weight, bias)
+        for draw, moved in self._moved():
+            shift = draw() if rows is None else draw()[rows]
+            for block, amount in moved:
+                y[block] = F.linear(x[block], torch.add(weight, shift, alpha=amount).to(x.dtype), bias)
+        return y
+
+    def embed(self, lookup: Lookup, weight: Tensor) -> Tensor:
+        """``W_k[token]`` of every block, ``(blocks, tokens, in)``, in the dtype of ``weight``."""
+        found = lookup(weight)
+        y = found.reshape(len(self._mix), -1, found.shape[-1]).float()
+        for draw, moved in self._moved():
+            shift = lookup(draw()).view(y.shape)
+            for block, amount in moved:
+                y[block].add_(shift[block], alpha=amount)
+        return y.to(weight.dtype)
+
+    def _unmoved(self) -> list[int]:
+        return [block for block, row in enumerate(self._mix) if not any(row[1:])]
+
+    def _moved(self) -> Iterator[tuple[Draw, list[tuple[int, float]]]]:
+        """Each direction with the blocks that it moves and how far."""
+        for j, draw in enumerate(self._directions, start=1):
+            yield draw, [(block, row[j]) for block, row in enumerate(self._mix) if row[j]]
+
+
+class DenseSpace:
+    """Directions of all sites; updates go straight into the weights, so every step is a window of its own."""
+
+    def __init__(self, sites: Sequence[Site], method: Method, seed: int, device: torch.device) -> None:
+        self.method, self.device = method, device
+        self.directions = DenseDirections(sites, seed=seed, distribution=method.distribution, device=device)
+        self.sites = {
+            site: DenseMatrix() if site.is_matrix else Vector(torch.zeros(site.shape, device=device)) for site in sites
+        }
+        self.window = 0
+
+    def probe(self, probes: Sequence[Probe]) -> None:
+        """Make every site show the blocks of these probes.
+
+        Raises:
+            ValueError: A probe is not of the current step.
+        """
+        keys = list(dict.fromkeys(probe.key for probe in probes if probe.key is not None))
+        mix = mixture(probes, keys, self.device)
+        for site, state in self.sites.items():
+            draws = [self._draw(key, site) for key in keys]
+            if isinstance(state, Vector):
+                state.probe([draw() for draw in draws], mix)
+            else:
+                state.probe(draws, mix)
+
+    def apply(self, update: Update, weights: Mapping[Site, Tensor], fold: Fold) -> None:
+        """``W <- (1 - lr * decay) W - lr * sum_i c_i z_i``, site by site."""
+        if update.terms:
+            for site in self.sites:
+                keep = 1 - update.lr * self.method.weight_decay if site.decays else 1.0
+                terms = [(self._draw(key, site)(), -update.lr * coefficient) for key, coefficient in update.terms]
+                fold.add(site, weights[site], combine(terms).__getitem__, keep, update.step)
+        self.window = update.window + 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: all that moved is in the weights."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor], window: int) -> None:
+        """Continue at this step."""
+        self.window = window
+
+    def _draw(self, key: DirectionKey, site: Site) -> Draw:
+        if key.window != self.window:
+            raise ValueError(f"got a direction of window {key.window}, but the current window is {self.window}")
+        return partial(self.directions.draw, key, site)

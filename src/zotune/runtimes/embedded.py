@@ -1,0 +1,193 @@
+"""The embedded runtime: a Hugging Face causal language model in this process, wrapped in place."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from zotune.errors import JournalError
+from zotune.layout import Layout
+from zotune.optimizer import Method
+from zotune.protocol import Probe, Update
+from zotune.rows import Row
+from zotune.runtimes import attention, lora, modules
+from zotune.runtimes.dense import DenseSpace
+from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
+from zotune.runtimes.lowrank import LowRankSpace
+from zotune.runtimes.packing import Pack, cut, pack
+
+_FINGERPRINT_SAMPLES = 4096
+
+
+class EmbeddedRuntime:
+    """Implements `zotune.runtimes.base.Runtime` on a model in this process.
+
+    Args:
+        model: A causal language model of transformers. It is wrapped in place and kept; `close` gives it back.
+        method: What to tune, and how directions look.
+        seed: The run's seed.
+        fold: ``stochastic`` or ``master``; see `zotune.runtimes.folding`.
+        max_tokens: Tokens of one forward, all probes counted; larger batches are cut.
+
+    Attributes:
+        layout: The sites.
+        fingerprint: Of the base weights.
+        timings: Seconds spent so far, by phase.
+
+    Raises:
+        ModelError: A part of the model cannot be tuned exactly in the method's scope.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        *,
+        seed: int = 0,
+        fold: str = "stochastic",
+        max_tokens: int = 16384,
+    ) -> None:
+        self.model, self.method, self.max_tokens = model.eval(), method, max_tokens
+        self.fingerprint = fingerprint(model)
+        if method.lora_rank is not None:
+            lora.add(model, method.lora_rank, method.lora_alpha, seed)
+        self._weights = modules.find_sites(model, method.scope, lora=method.lora_rank is not None)
+        self.layout = Layout(tuple(self._weights))
+        space = LowRankSpace if method.family == "low-rank" else DenseSpace
+        self.space = space(self.layout.sites, method, seed, model.device)
+        self._fold: Fold = (
+            StochasticFold(seed)
+            if fold == "stochastic"
+            else MasterFold({site.name: weight for site, weight in self._weights.items()})
+        )
+        self._shape = modules.Shape()
+        modules.wrap(model, {site.name: state for site, state in self.space.sites.items()}, self._shape)
+        self._attention_before = model.config._attn_implementation
+        model.set_attn_implementation(attention.NAME)
+        self.timings = {"draw": 0.0, "pack": 0.0, "forward": 0.0, "apply": 0.0}
+
+    @torch.inference_mode()
+    def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
+        """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
+        costs = [self._cost(row, normalised) for row in rows]
+        together = max(1, min(len(probes), self.max_tokens // max(costs)))
+        scores = [
+            self._score_blocks(probes[at : at + together], rows, costs, normalised)
+            for at in range(0, len(probes), together)
+        ]
+        return np.concatenate(scores)
+
+    def _score_blocks(
+        self, probes: Sequence[Probe], rows: Sequence[Row], costs: Sequence[int], normalised: bool
+    ) -> np.ndarray:
+        with self._timed("draw"):
+            self.space.probe(probes)
+        parts = []
+        for part in cut(costs, self.max_tokens // len(probes)):
+            with self._timed("pack"):
+                packed = pack(rows[part], normalised=normalised, device=self.model.device)
+            with self._timed("forward"):
+                parts.append(self._forward(packed, len(probes)))
+        return np.concatenate(parts, axis=1)
+
+    def _forward(self, packed: Pack, blocks: int) -> np.ndarray:
+        shape = self._shape
+        shape.blocks, shape.tokens, shape.vocabulary = blocks, blocks * len(packed.tokens), packed.vocabulary
+        offsets = torch.arange(blocks, device=packed.kept.device).unsqueeze(1) * len(packed.tokens)
+        with attention.attending(packed):
+            logits = self.model(
+                input_ids=packed.tokens.repeat(blocks).unsqueeze(0),
+                position_ids=packed.positions.repeat(blocks).unsqueeze(0),
+                logits_to_keep=(offsets + packed.kept).flatten(),
+                use_cache=False,
+            ).logits.view(blocks, len(packed.kept), -1)
+        place, column = packed.picked
+        picked = logits[:, place, column]
+        if packed.vocabulary is None:
+            picked -= logits.logsumexp(-1)[:, place]
+        return np.add.reduceat(picked.float().cpu().numpy(), packed.starts, axis=1)
+
+    def _cost(self, row: Row, normalised: bool) -> int:
+        """Tokens of a forward that this row is worth: its own, and what its logits take in memory."""
+        if not normalised and row.single_token:
+            return row.n_tokens
+        config = self.model.config.get_text_config()
+        scored = sum(len(candidate.scored) for candidate in row.candidates)
+        # A token's activations are about sixteen vectors of the hidden width.
+        return row.n_tokens + scored * config.vocab_size // (16 * config.hidden_size)
+
+    @torch.inference_mode()
+    def apply(self, update: Update) -> None:
+        """Change the weights in factor space; fold at the end of a window."""
+        with self._timed("apply"):
+            self.space.apply(update, self._weights, self._fold)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tuned weights as last folded, accumulated update and rule state, as CPU tensors."""
+        tensors = {f"weight/{site.name}": weight for site, weight in self._weights.items()}
+        tensors |= self.space.state() | self._fold.state()
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+    @torch.inference_mode()
+    def load_state(self, state: Mapping[str, Tensor], window: int) -> None:
+        """Restore what `state` returned while ``window`` was current.
+
+        Raises:
+            JournalError: The tensors are not those of this layout and method.
+        """
+        expected = {name: tensor.shape for name, tensor in self.state().items()}
+        if expected != {name: tensor.shape for name, tensor in state.items()}:
+            odd = sorted(set(expected) ^ set(state)) or [n for n in expected if expected[n] != state[n].shape]
+            raise JournalError(f"the saved state does not fit this model and method: {odd[0]!r} differs")
+        for site, weight in self._weights.items():
+            weight.copy_(state[f"weight/{site.name}"])
+        self._fold.load_state(dict(state))
+        self.space.load_state(dict(state), window)
+
+    @torch.inference_mode()
+    def export(self, path: Path) -> None:
+        """Write the tuned model, this window's update included, as an ordinary Hugging Face folder."""
+        merged = dict(self.model.state_dict())
+        storage = {tensor.data_ptr(): [] for tensor in merged.values()}
+        for name, tensor in merged.items():
+            storage[tensor.data_ptr()].append(name)
+        for site, state in self.space.sites.items():
+            weight = self._weights[site]
+            if hasattr(state, "change"):
+                total = weight.float() * state.keep + state.change(slice(None))
+                tuned = (total.T if merged[site.name].shape != weight.shape else total).to(weight.dtype).contiguous()
+                merged |= dict.fromkeys(storage[weight.data_ptr()], tuned)
+        self.model.save_pretrained(path, state_dict=merged)
+
+    def close(self) -> None:
+        """Give the model back its own forwards and attention."""
+        modules.unwrap(self.model)
+        self.model.set_attn_implementation(self._attention_before)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.timings[phase] += time.perf_counter() - start
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hexadecimal SHA-256 over names, shapes and evenly spaced elements of every parameter.
+
+    A sample of 4096 elements per tensor tells fine-tunes and dtypes apart and costs milliseconds at any model size.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""Folding: adding accumulated updates into the weights without losing what is below half an ulp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from zotune.layout import Site
+from zotune.noise import NoiseBlock
+
+Change = Callable[[slice], Tensor]
+"""Gives the float32 change of a range of rows of a site."""
+
+_CHUNK = 1 << 20
+_MANTISSA_BITS_CUT = {torch.bfloat16: 16, torch.float16: 13}
+_FLOAT16_SMALLEST_NORMAL = 2.0**-14
+_FLOAT16_STEP_BELOW = 2.0**-24
+
+
+class StochasticFold:
+    """Rounds up or down with probabilities that make the result right on average, with keyed noise.
+
+    The same key rounds the same way, so a replay gives the same bits. Float32 weights are simply added to.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
+        """``weight <- keep * weight + change``, in place.
+
+        Args:
+            site: Whose weight it is.
+            weight: Of the site's shape, in the model's dtype.
+            change: The float32 change of some rows.
+            keep: What weight decay leaves of the weight.
+            step: The step that folds, which keys the rounding.
+        """
+        for rows in _chunks(weight):
+            part = weight[rows]
+            total = part.float().mul_(keep).add_(change(rows))
+            part.copy_(self._round(total, part.dtype, f"{site.name}[{rows.start}]", step))
+
+    def _round(self, total: Tensor, dtype: torch.dtype, name: str, step: int) -> Tensor:
+        if dtype == torch.float32:
+            return total
+        block = NoiseBlock([name], [tuple(total.shape)], "bits16", total.device)
+        return stochastic_round(total, dtype, block.views(block.draw(f"fold/{self.seed}/{step}"))[0])
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint must keep: none."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
+
+
+class MasterFold:
+    """Keeps a float32 copy of every tuned weight on the host and rounds it to nearest into the model."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.master = {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in weights.items()}
+
+    def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
+        """``weight <- keep * weight + change`` in the copy, then rounded into ``weight``; see `StochasticFold.add`."""
+        master = self.master[site.name]
+        for rows in _chunks(weight):
+            master[rows].mul_(keep).add_(change(rows).to("cpu"))
+            weight[rows].copy_(master[rows])
+
+    def state(self) -> dict[str, Tensor]:
+        """The float32 copies."""
+        return {f"master/{name}": tensor for name, tensor in self.master.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore the float32 copies."""
+        for name, tensor in self.master.items():
+            tensor.copy_(state[f"master/{name}"])
+
+
+Fold = StochasticFold | MasterFold
+
+
+def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Round float32 ``values`` to a neighbour in ``dtype``, the nearer the likelier.
+
+    Args:
+        values: float32, finite.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        bits: int32 of the same shape, uniform in ``0 .. 65535``.
+
+    Returns:
+        Tensor of ``dtype`` whose expectation over ``bits`` is ``values``, to 16 bits of probability.
+    """
+    cut = _MANTISSA_BITS_CUT[dtype]
+    # Adding uniform low bits to the magnitude carries into the kept bits with the right probability.
+    rounded = values.view(torch.int32).add(bits >> (16 - cut)).bitwise_and_(-(1 << cut)).view(torch.float32)
+    if dtype == torch.float16:
+        small = (values / _FLOAT16_STEP_BELOW + bits / 65536).floor() * _FLOAT16_STEP_BELOW
+        rounded = torch.where(values.abs() < _FLOAT16_SMALLEST_NORMAL, small, rounded)
+    return rounded.to(dtype)
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    """Ranges of rows of about a million elements, which bounds the float32 temporaries."""
+    rows = max(1, _CHUNK * len(weight) // max(1, weight.numel()))
+    for start in range(0, len(weight), rows):
+        yield slice(start, min(start + rows, len(weight)))

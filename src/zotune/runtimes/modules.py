@@ -1,0 +1,261 @@
+"""Finding a model's sites by module structure, and wrapping the modules that hold them.
+
+A module is wrapped by giving the instance another ``forward``; its parameters, names and class stay as they are, and
+`unwrap` takes the wrapping off.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from zotune.errors import ModelError
+from zotune.layout import Site
+from zotune.runtimes.lowrank import Lookup, Vector
+from zotune.runtimes.precision import product_dtype
+
+_UNDECAYED = ("bias", "layer_norm", "layernorm")
+"""Parts of parameter names that weight decay skips, as in LOZO's and MeZO's code."""
+
+
+class Matrix(Protocol):
+    """What a wrapped module needs of a matrix site; `LowRankMatrix` and `DenseMatrix` are the two."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Product of every block."""
+        ...
+
+    def embed(self, lookup: Lookup, weight: Tensor) -> Tensor:
+        """Embedding of every block."""
+        ...
+
+
+@dataclass
+class Shape:
+    """What all wrapped modules must know of the pack in flight.
+
+    Attributes:
+        blocks: Number of blocks.
+        tokens: Tokens of all blocks together.
+        vocabulary: Token ids that the head scores; None for all.
+    """
+
+    blocks: int = 1
+    tokens: int = 1
+    vocabulary: Tensor | None = None
+
+    def token_axis(self, x: Tensor) -> int:
+        """Which axis of ``x`` runs over tokens; the last axis is features.
+
+        Per-head norms see ``(1, tokens, heads, width)`` or its transpose. Projections write tokens outermost, so where
+        two axes have the right length it is the one with the longer stride.
+
+        Raises:
+            ModelError: No axis has the pack's length: a module that picks tokens, such as an expert, is not supported.
+        """
+        axes = [axis for axis in range(x.dim() - 1) if x.shape[axis] == self.tokens]
+        if not axes:
+            raise ModelError(
+                f"a tuned module saw activations of shape {tuple(x.shape)}, not all {self.tokens} tokens of the batch; "
+                "models that route tokens to experts are not supported"
+            )
+        return max(axes, key=x.stride)
+
+
+def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dict[Site, Tensor]:
+    """The sites to tune and their weights, in the order of ``named_parameters``.
+
+    A weight that is stored transposed (GPT-2) is given as a transposed view, so that all are ``(out, in)``.
+
+    Args:
+        model: Any causal language model.
+        scope: ``linear``: weights of linear layers except the output head; ``all``: every parameter.
+        lora: Only the LoRA matrices.
+
+    Raises:
+        ModelError: A parameter in scope belongs to a module whose structure is not known to be exact, or there is none.
+    """
+    owners = {
+        id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)
+    }
+    head = model.get_output_embeddings()
+    found: dict[Site, Tensor] = {}
+    unknown: list[str] = []
+    for name, parameter in model.named_parameters():
+        owner = owners[id(parameter)]
+        linear = isinstance(owner, nn.Linear | Conv1D) and parameter is owner.weight
+        if lora and not (linear and ".lora_" in name):
+            continue
+        if scope == "linear" and (not linear or owner is head):
+            continue
+        if not (linear or isinstance(owner, nn.Linear | Conv1D | nn.Embedding) or _is_norm(owner)):
+            unknown.append(f"{name} ({type(owner).__name__})")
+            continue
+        weight = parameter.data.T if isinstance(owner, Conv1D) and linear else parameter.data
+        decays = not any(part in name for part in _UNDECAYED)
+        found[Site(name, tuple(weight.shape), decays)] = weight
+    if unknown:
+        raise ModelError(
+            f"scope 'all' cannot tune {len(unknown)} parameters exactly, among them {', '.join(unknown[:3])}. "
+            "Set scope = 'linear' to tune the linear layers only."
+        )
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no parameter in scope {scope!r}")
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation with an elementwise gain, by trying it.
+
+    That is: one gain, perhaps a bias, no other parameter, and the output is ``normed(x) * (gain + offset) + bias``.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if not set(own) <= {"weight", "bias"} or "weight" not in own or any(True for _ in module.children()):
+        return False
+    gain = own["weight"]
+    if gain.dim() != 1:
+        return False
+    x = torch.linspace(-1, 2, 3 * len(gain), device=gain.device, dtype=torch.float32).view(1, 3, -1)
+    with torch.no_grad():
+        zero, one, two = (_bare(module, gain.new_full(gain.shape, value).float())(x) for value in (0.0, 1.0, 2.0))
+    return bool(torch.allclose(two - one, one - zero, atol=1e-5)) and bool((one - zero).abs().max() > 1e-3)
+
+
+def _bare(module: nn.Module, weight: Tensor) -> Callable[..., Tensor]:
+    """The module's own forward with another weight and no bias."""
+    twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)
+    twin._parameters = {"weight": None, "bias": None}
+    # A plain attribute, because the parameter table only takes parameters.
+    del twin._parameters["weight"]
+    twin.__dict__["weight"] = weight
+    return lambda *args, **kwargs: type(module).forward(twin, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+class TunedLinear:
+    """Forward of a linear layer: its product runs in the device's best dtype, and its sites show their blocks."""
+
+    def __init__(self, module: nn.Linear | Conv1D, matrix: Matrix | None, bias: Vector | None, shape: Shape) -> None:
+        self.weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+        self.bias = None if module.bias is None else module.bias.data
+        self.matrix, self.shift, self.shape = matrix, bias, shape
+        self.dtype = product_dtype(self.weight.dtype, self.weight.device.type)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(1, blocks * tokens, in)`` to ``(1, blocks * tokens, out)``."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        blocks = x.to(self.dtype).view(self.shape.blocks, -1, x.shape[-1])
+        weight = self.weight.to(self.dtype)
+        y = F.linear(blocks, weight, bias) if self.matrix is None else self.matrix.linear(blocks, weight, bias)
+        if self.shift is not None:
+            y.add_(self.shift.shift.unsqueeze(1))
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+class TunedHead:
+    """Forward of the output head: float32, and only the columns that are asked for."""
+
+    def __init__(self, module: nn.Linear, matrix: Matrix | None, bias: Vector | None, shape: Shape) -> None:
+        self.weight = module.weight.data
+        self.bias = None if module.bias is None else module.bias.data
+        self.matrix, self.shift, self.shape = matrix, bias, shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(1, blocks * kept, in)`` to float32 ``(1, blocks * kept, columns)``."""
+        rows = self.shape.vocabulary
+        weight = (self.weight if rows is None else self.weight[rows]).float()
+        bias = None if self.bias is None else (self.bias if rows is None else self.bias[rows]).float()
+        blocks = x.float().view(self.shape.blocks, -1, x.shape[-1])
+        if self.matrix is None:
+            y = F.linear(blocks, weight, bias)
+        else:
+            y = self.matrix.linear(blocks, weight, bias, rows)
+        if self.shift is not None:
+            shift = self.shift.shift if rows is None else self.shift.shift[:, rows]
+            y.add_(shift.unsqueeze(1))
+        return y.view(*x.shape[:-1], -1)
+
+
+class TunedEmbedding:
+    """Forward of an embedding: the module's own look-up, run on the factors too."""
+
+    def __init__(self, module: nn.Embedding, matrix: Matrix) -> None:
+        self.module, self.matrix = module, matrix
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Token or position ids to ``(1, blocks * tokens, width)``."""
+        y = self.matrix.embed(lambda table: _bare(self.module, table)(*args, **kwargs), self.module.weight.data)
+        return y.flatten(0, 1).unsqueeze(0)
+
+
+class TunedNorm:
+    """Forward of a normalisation: ``normed(x) * gain_k + bias_k``, with gain and bias in float32."""
+
+    def __init__(self, module: nn.Module, gain: Vector, bias: Vector | None, shape: Shape) -> None:
+        weight = module.weight.data
+        # Gemma stores the gain less one: the module adds it back.
+        self.offset = 1.0 if _adds_one(module) else 0.0
+        self.normed = _bare(module, torch.full_like(weight, 1.0 - self.offset))
+        self.weight, self.bias = weight, None if bias is None else module.bias.data
+        self.gain, self.shift, self.shape = gain, bias, shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Any shape with an axis of ``blocks * tokens`` whose last axis is normalised; the same shape."""
+        normed = self.normed(x)
+        axis = self.shape.token_axis(normed)
+        y = normed.unflatten(axis, (self.shape.blocks, -1))
+        spread = [1] * y.dim()
+        spread[axis], spread[-1] = self.shape.blocks, y.shape[-1]
+        gain = self.weight.float() * self.gain.keep + self.offset + self.gain.shift
+        if self.shift is None or self.bias is None:
+            torch.mul(y, gain.view(spread), out=y)
+            return normed
+        bias = self.bias.float() * self.shift.keep + self.shift.shift
+        return torch.addcmul(bias.view(spread), y, gain.view(spread)).to(x.dtype).flatten(axis, axis + 1)
+
+
+def _adds_one(module: nn.Module) -> bool:
+    x = torch.linspace(-1, 2, 3 * len(module.weight), device=module.weight.device).view(1, 3, -1)
+    return bool(_bare(module, torch.zeros_like(module.weight.data, dtype=torch.float32))(x).abs().max() > 1e-3)
+
+
+def wrap(model: PreTrainedModel, states: Mapping[str, Any], shape: Shape) -> None:
+    """Wrap every module that holds a site, and every linear layer.
+
+    Args:
+        model: Whose modules to wrap.
+        states: Site states (`LowRankMatrix`, `DenseMatrix`, `Vector`) by parameter name.
+        shape: Shared with the runtime, which sets it before each forward.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def state(parameter: Tensor | None) -> Any:
+        return None if parameter is None else states.get(names[id(parameter)])
+
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        weight, bias = (state(module._parameters.get(name)) for name in ("weight", "bias"))
+        if module is head:
+            forward: Callable[..., Tensor] | None = TunedHead(module, weight, bias, shape)
+        elif isinstance(module, nn.Linear | Conv1D):
+            forward = TunedLinear(module, weight, bias, shape)
+        elif isinstance(module, nn.Embedding):
+            forward = TunedEmbedding(module, weight) if weight is not None else None
+        else:
+            forward = TunedNorm(module, weight, bias, shape) if weight is not None else None
+        if forward is not None:
+            module.forward = forward
+
+
+def unwrap(model: PreTrainedModel) -> None:
+    """Give every module its own forward back."""
+    for module in model.modules():
+        module.__dict__.pop("forward", None)

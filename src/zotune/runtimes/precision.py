@@ -1,0 +1,27 @@
+"""Which number format matrix products run in."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+_NATIVE = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
+}
+"""Instruction sets, as PyTorch names them, that multiply a format."""
+
+
+@lru_cache
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype in which products of ``dtype`` operands are fastest on this device.
+
+    It is ``dtype`` itself, except on processors that lack instructions for a 16-bit format: there the operands are
+    widened to float32 first, which is several times faster and no less exact.
+    """
+    if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    can = torch.cpu.get_capabilities()
+    return dtype if any(can.get(name) for name in _NATIVE[dtype]) else torch.float32
