@@ -61,9 +61,7 @@ class LowRankDirections:
     def dense(self, key: DirectionKey) -> list[Tensor]:
         """The whole direction, float32, one tensor of each site's shape."""
         factors = self.factors.views(self.draw(key))
-        return [
-            u if v is None else u @ v.T for u, v in zip(factors, self.window(key.window), strict=True)
-        ]
+        return [u if v is None else u @ v.T for u, v in zip(factors, self.window(key.window), strict=True)]
 
 
 class DenseDirections:

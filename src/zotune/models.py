@@ -49,7 +49,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {name!r} is not there. Use 'auto', 'cpu' or a CUDA device that PyTorch sees.") from error
+        raise ModelError(
+            f"device {name!r} is not there. Use 'auto', 'cpu' or a CUDA device that PyTorch sees."
+        ) from error
     return device
 
 

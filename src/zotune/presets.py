@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from zotune.config import MethodConfig
+from zotune.config import Config, MethodConfig
 from zotune.errors import ConfigError, unknown
 from zotune.optimizer import Method
 
@@ -95,3 +95,13 @@ def resolve(config: MethodConfig) -> Method:
     """
     chosen = config.model_dump(exclude={"preset"}, exclude_none=True)
     return replace(get(config.preset).method, **chosen)
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with the values of its preset and its task written out, so that it says all that it means."""
+    from zotune.tasks import TASKS
+
+    method = resolve(config.method)
+    values = {name: getattr(method, name) for name in MethodConfig.model_fields if name != "preset"}
+    data = config.data if config.data.task is None else TASKS[config.data.task].complete(config.data)
+    return config.model_copy(update={"method": config.method.model_copy(update=values), "data": data})

@@ -1,0 +1,198 @@
+"""What a run tells its user while it works."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+
+Record = Mapping[str, Any]
+"""One line of ``metrics.jsonl``."""
+
+
+class Reporter(Protocol):
+    """Told about a run as it goes; never changes it."""
+
+    def start(self, path: Path, steps: int, done: int) -> None:
+        """Training begins.
+
+        Args:
+            path: The run directory.
+            steps: Steps of the whole run.
+            done: Steps that are finished already (more than 0 when a run is resumed).
+        """
+        ...
+
+    def step(self, record: Record) -> None:
+        """A step is finished; ``record`` is its line of ``metrics.jsonl``."""
+        ...
+
+    def evaluation(self, record: Record) -> None:
+        """An evaluation is finished; ``record`` is its line of ``metrics.jsonl``."""
+        ...
+
+    def notice(self, text: str) -> None:
+        """Something that the user should know, in one line."""
+        ...
+
+    def finish(self) -> None:
+        """Training is over, well or not; calling it again changes nothing."""
+        ...
+
+
+class Smoothed:
+    """Exponential moving average with the bias of its start corrected, as Adam does (Kingma & Ba 2015, section 3).
+
+    After n values it is the average with weights ``decay ** (n - i)`` for value i, so the first value is returned as
+    it is. Values that are missing or not finite are left out.
+    """
+
+    def __init__(self, decay: float = 0.95) -> None:
+        self._decay = decay
+        self._total = 0.0
+        self._weight = 0.0
+
+    def add(self, value: float | None) -> float | None:
+        """Take in a value; return the average so far, None while there is none."""
+        if value is not None and math.isfinite(value):
+            self._total = self._decay * self._total + value
+            self._weight = self._decay * self._weight + 1
+        return self.value
+
+    @property
+    def value(self) -> float | None:
+        """The average so far."""
+        return self._total / self._weight if self._weight else None
+
+
+class SilentReporter:
+    """Says nothing."""
+
+    def start(self, path: Path, steps: int, done: int) -> None:
+        """Ignore it."""
+
+    def step(self, record: Record) -> None:
+        """Ignore it."""
+
+    def evaluation(self, record: Record) -> None:
+        """Ignore it."""
+
+    def notice(self, text: str) -> None:
+        """Ignore it."""
+
+    def finish(self) -> None:
+        """Ignore it."""
+
+
+class TerminalReporter:
+    """One line per evaluation and notice; on a terminal also a live bar with the figures of the latest step.
+
+    Args:
+        console: Where to write. What is no terminal gets plain lines without control codes.
+        clock: Seconds from any origin.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._steps = self._done = self._first = self._skipped = 0
+        self._began: float | None = None
+        self._loss: float | None = None
+        self._accuracy: float | None = None
+        self._smoothed_loss = Smoothed()
+        self._rows_per_s = Smoothed()
+
+    def start(self, path: Path, steps: int, done: int) -> None:
+        """Name the run and open the bar."""
+        self._steps, self._done, self._first = steps, done, done
+        self.notice(f"run {path}: {steps} steps" + (f", {done} done" if done else ""))
+        if not self._console.is_terminal or self._console.is_dumb_terminal:
+            return
+        status = TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="crop"))
+        # On a narrow terminal the figures matter more than the bar.
+        columns = (status, BarColumn(bar_width=None)) if self._console.width >= 110 else (status,)
+        self._progress = Progress(*columns, console=self._console, expand=True)
+        self._task = self._progress.add_task("", total=steps, completed=done, status=self._status())
+        self._progress.start()
+
+    def step(self, record: Record) -> None:
+        """Bring the bar up to date."""
+        self._done = record["step"]
+        if self._began is None:
+            # The evaluation before the first step must not count as a slow step.
+            self._began = self._clock() - record["seconds"]
+        self._skipped += bool(record["skipped"])
+        self._loss = record["loss"]
+        self._smoothed_loss.add(record["loss"])
+        self._rows_per_s.add(record["rows_per_s"])
+        self._refresh()
+
+    def evaluation(self, record: Record) -> None:
+        """Print the evaluation's line."""
+        self._accuracy = record["accuracy"]
+        parts = [f"step {record['step']}/{self._steps}", _loss("loss", record["loss"]), *self._shared_figures()]
+        self.notice("  ".join(parts))
+        self._refresh()
+
+    def notice(self, text: str) -> None:
+        """Print one line, above the bar where there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def finish(self) -> None:
+        """Close the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _refresh(self) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done, status=self._status())
+
+    def _status(self) -> str:
+        parts = [f"step {self._done}/{self._steps}", _loss("loss", self._loss)]
+        parts += [_loss("smoothed", self._smoothed_loss.value), *self._shared_figures()]
+        if self._skipped:
+            parts.append(f"{self._skipped} skipped")
+        return "  ".join(parts)
+
+    def _shared_figures(self) -> list[str]:
+        """Accuracy, speed and time left, as far as they are known."""
+        parts = []
+        if self._accuracy is not None:
+            parts.append(f"accuracy {percent(self._accuracy)}")
+        if self._rows_per_s.value is not None:
+            parts.append(f"{self._rows_per_s.value:.3g} rows/s")
+        if self._began is not None and self._done < self._steps:
+            # Wall-clock time per step so far, which counts the evaluations in between.
+            pace = (self._clock() - self._began) / (self._done - self._first)
+            parts.append(f"{duration(pace * (self._steps - self._done))} left")
+        return parts
+
+
+def reporter(console: Console, *, quiet: bool = False) -> Reporter:
+    """The reporter for a console: silent if ``quiet``, else live on a terminal and plain elsewhere."""
+    return SilentReporter() if quiet else TerminalReporter(console)
+
+
+def percent(share: float) -> str:
+    """``0.783`` as ``78.3 %``."""
+    return f"{100 * share:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _loss(label: str, value: float | None) -> str:
+    return f"{label} {'-' if value is None else format(value, '.3f')}"

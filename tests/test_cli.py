@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from zotune import cli, config
+from zotune.errors import ConfigError
+
+PROGRAM = [sys.executable, "-c", "from zotune.cli import main; main()"]
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def program(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, check=False)
+
+
+def only_json(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    return json.loads(line)
+
+
+def refusal(result: Result) -> str:
+    """What a user's mistake prints: exit code 2, nothing on stdout."""
+    assert result.exit_code == cli.USER_ERROR, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Path, Path]) -> Path:
+    """A run of four steps, into a directory whose name needs quoting."""
+    train, validation = sentiment_files
+    chosen = config.parse(
+        {
+            "output": str(tmp_path / "my run"),
+            "model": {"path": str(tiny_model_folder), "dtype": "float32", "device": "cpu"},
+            "data": {
+                "train": str(train),
+                "validation": str(validation),
+                "prompt": "{text} It was",
+                "candidates": [" terrible", " great"],
+                "label": "label",
+            },
+            "method": {"lr": 1e-4},
+            "train": {"steps": 4, "batch_size": 4, "eval_every": 2},
+            "runtime": {"threads": 1},
+        }
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(config.dump(chosen), encoding="utf-8")
+    return path
+
+
+def test_help_is_quick_because_it_loads_no_heavy_library() -> None:
+    script = """
+import sys
+from typer.testing import CliRunner
+from zotune import cli
+assert CliRunner().invoke(cli.app, ["--help"]).exit_code == 0
+print(*sorted({"torch", "transformers", "numpy", "matplotlib", "pydantic"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_help_names_every_command() -> None:
+    shown = program("--help")
+    assert shown.returncode == 0
+    for command in ("run", "resume", "eval", "plot", "presets", "demo", "bench"):
+        assert f" {command} " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "resume", "eval", "plot", "presets", "demo", "bench step"], ids=lambda words: words.split()[0]
+)
+def test_every_option_is_documented(command: str) -> None:
+    selected = typer.main.get_command(cli.app)
+    for word in command.split():
+        selected = selected.commands[word]  # type: ignore[attr-defined]
+    assert selected.help
+    assert [parameter.name for parameter in selected.params if not parameter.help] == []
+    assert "as_json" in [parameter.name for parameter in selected.params]
+
+
+def test_version() -> None:
+    shown = program("--version")
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("zotune ")
+    assert len(shown.stdout.splitlines()) == 1
+
+
+def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("output = 'runs/a'\n[model]\npath = 'm'\n[data]\n[train]\nstesp = 3\n")
+    failed = program("run", path)
+    assert failed.returncode == cli.USER_ERROR
+    assert failed.stdout == ""
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith(f"error: {path}: unknown key 'train.stesp'. Did you mean 'train.steps'?")
+
+
+def test_an_unknown_command_is_refused() -> None:
+    failed = program("rnu")
+    assert failed.returncode == 2
+    assert "No such command 'rnu'" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("got a [bracket]"), 2, "error: got a [bracket]"),
+        (PermissionError(13, "Permission denied", "runs"), 2, "error: [Errno 13] Permission denied: 'runs'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_ends_a_command_early(error: BaseException, code: int, line: str) -> None:
+    app = typer.Typer(cls=cli.Commands)
+
+    @app.callback()
+    def program() -> None: ...
+
+    @app.command()
+    def fail() -> None:
+        raise error
+
+    result = CliRunner().invoke(app, ["fail"])
+    assert (result.exit_code, result.stdout, result.stderr.strip()) == (code, "", line)
+
+
+def test_a_programming_error_keeps_its_traceback() -> None:
+    app = typer.Typer(cls=cli.Commands)
+
+    @app.command()
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    assert isinstance(CliRunner().invoke(app).exception, ZeroDivisionError)
+
+
+def test_presets_are_listed_with_sources_and_defaults() -> None:
+    shown = invoke("presets").stdout
+    assert "lozo-m" in shown
+    assert "momentum = 0.9" in shown
+    assert "Chen" in shown
+
+
+def test_one_preset_is_shown_with_its_deviations() -> None:
+    shown = invoke("presets", "mezo").stdout
+    assert "Malladi" in shown
+    assert "deviations from the published method:\n  " in shown
+    assert "rank" not in shown, "has no meaning for dense directions"
+
+
+def test_presets_as_json() -> None:
+    records = only_json(invoke("presets", "--json"))
+    assert {"lozo", "lozo-m", "mezo", "mezo-factorized", "mezo-lora"} <= {record["name"] for record in records}
+    assert only_json(invoke("presets", "lozo", "--json"))["method"]["rank"] == 2
+
+
+def test_an_unknown_preset_gets_the_nearest_name() -> None:
+    assert "Did you mean 'lozo'?" in refusal(invoke("presets", "lozzo"))
+
+
+def test_plot_prints_where_the_picture_is(tmp_path: Path) -> None:
+    record = {"kind": "eval", "step": 0, "loss": 0.7, "accuracy": 0.5, "seconds": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert invoke("plot", tmp_path).stdout == f"{tmp_path / 'curves.png'}\n"
+    assert only_json(invoke("plot", tmp_path, "--json")) == {
+        "run": str(tmp_path),
+        "plot": str(tmp_path / "curves.png"),
+    }
+
+
+@pytest.mark.parametrize("command", ["resume", "eval", "plot"])
+def test_a_directory_that_is_no_run(tmp_path: Path, command: str) -> None:
+    assert str(tmp_path) in refusal(invoke(command, tmp_path))
+    assert "absent" in refusal(invoke(command, tmp_path / "absent"))
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._print_json({"loss": float("nan"), "steps": 3})
+    assert capsys.readouterr().out == '{"loss": null, "steps": 3}\n'
+
+
+def test_a_run_says_how_to_go_on_and_what_it_says_works(config_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "my run"
+    done = invoke("run", config_file)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith("step ")] == ["step 0/4", "step 2/4", "step 4/4"]
+    assert any(line.startswith("accuracy ") and line.count("%") == 2 for line in lines)
+    assert f"picture   {path / 'curves.png'}" in lines
+    assert (path / "curves.png").exists()
+    words = {line.split()[0]: shlex.split(line)[2:] for line in lines if line.startswith(("evaluate ", "resume "))}
+    assert words["evaluate"] == ["eval", str(path)]
+    assert words["resume"] == ["resume", str(path), "--steps", "8"]
+
+    evaluated = invoke(*words["evaluate"])
+    assert evaluated.exit_code == 0, evaluated.output
+    assert evaluated.stdout.startswith("loss ")
+    resumed = only_json(invoke(*words["resume"], "--json"))
+    assert resumed["steps"] == 8
+
+
+def test_json_is_the_only_line_on_stdout(config_file: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "my run")
+    result = invoke("run", config_file, "--set", "train.steps=2", "--set", "method.schedule=linear", "--json")
+    record = only_json(result)
+    assert (record["run"], record["steps"], record["skipped"], record["examples"]) == (path, 2, 0, 24)
+    assert 0 <= record["accuracy_before"] <= 1
+    assert record["train_seconds"] > 0
+    assert "step 2/2" in result.stderr
+    assert "--steps" not in result.stderr, "a learning rate that fell to 0 leaves nothing to extend"
+
+    evaluated = only_json(invoke("eval", path, "--json"))
+    assert evaluated["run"] == path
+    assert evaluated["accuracy"] == record["accuracy_after"]
+    assert evaluated["loss"] == pytest.approx(record["loss_after"], rel=1e-6)
+
+
+def test_an_existing_run_is_refused_and_resume_is_named(config_file: Path) -> None:
+    assert invoke("run", config_file).exit_code == 0
+    assert "resume" in refusal(invoke("run", config_file))
+
+
+def test_an_unknown_model_is_a_line_not_a_traceback(config_file: Path, tmp_path: Path) -> None:
+    refusal(invoke("run", config_file, "--set", f"model.path={tmp_path / 'nothing'}"))
+    assert not (tmp_path / "my run").exists()
+
+
+def test_ctrl_c_ends_with_the_command_that_goes_on(config_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "my run"
+    words = ["run", str(config_file), "--set", "train.steps=100000"]
+    process = subprocess.Popen([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    journal = path / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        assert time.monotonic() < deadline, "no step was journalled"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert errors.splitlines()[-1] == f"interrupted; go on with: zotune resume '{path}'"
+    assert "Traceback" not in errors

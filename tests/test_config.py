@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zotune import config
+from zotune.config import Config, DataConfig, MethodConfig, ModelConfig, RuntimeConfig, TrainConfig
+from zotune.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {"output": "runs/a", "model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
+
+text = st.text(min_size=1)
+positive = st.integers(min_value=1, max_value=10**12)
+rates = st.floats(min_value=0, max_value=1e9)
+
+
+def optional(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | strategy
+
+
+configs = st.builds(
+    Config,
+    output=text,
+    model=st.builds(ModelConfig, path=text, revision=optional(text), dtype=st.sampled_from(["auto", "bfloat16"])),
+    data=st.builds(
+        DataConfig,
+        task=st.none(),
+        train=optional(text),
+        prompt=optional(text),
+        candidates=optional(st.lists(text)),
+        train_size=optional(positive),
+        bos=st.sampled_from(["tokenizer", "none", 0, 2]),
+    ),
+    method=st.builds(MethodConfig, preset=st.just("lozo"), lr=optional(rates), rank=optional(positive)),
+    train=st.builds(TrainConfig, steps=positive, seed=positive),
+    runtime=st.builds(RuntimeConfig, fold=st.sampled_from(["stochastic", "master"]), threads=optional(positive)),
+)
+
+
+def changed(**tables: Any) -> dict[str, Any]:
+    """The minimal configuration with some tables' keys replaced."""
+    result = dict(MINIMAL)
+    for name, values in tables.items():
+        result[name] = {**result.get(name, {}), **values} if isinstance(values, dict) else values
+    return result
+
+
+def refusal(table: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(table, source="my.toml")
+    return str(caught.value)
+
+
+@given(configs)
+def test_what_is_dumped_loads_back_equal(original: Config) -> None:
+    assert config.parse(tomllib.loads(config.dump(original))) == original
+
+
+def test_a_file_keeps_every_odd_character(tmp_path: Path) -> None:
+    odd = 'quote " backslash \\ newline \n return \r tab \t delete \x7f emoji \N{GRINNING FACE} nul \0 separator \u2028'
+    original = config.parse(changed(output=odd, data={"prompt": odd, "candidates": [odd]}))
+    path = tmp_path / "config.toml"
+    path.write_text(config.dump(original), encoding="utf-8")
+    assert config.load(path) == original
+
+
+def test_defaults_fill_what_is_left_out() -> None:
+    parsed = config.parse(MINIMAL)
+    assert (parsed.method.preset, parsed.train.batch_size, parsed.runtime.fold) == ("lozo", 16, "stochastic")
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (changed(train={"step": 3}), "my.toml: unknown key 'train.step'. Did you mean 'train.steps'? Known: train."),
+        (changed(modle={}), "unknown key 'modle'. Did you mean 'model'?"),
+        (changed(lr=1e-6), "unknown key 'lr'. Did you mean 'method.lr', in the table [method]?"),
+        (changed(train={"lr": 1e-6}), "unknown key 'train.lr'. Did you mean 'method.lr', in the table [method]?"),
+        (changed(method={"preset": "lozzo"}), "method.preset: unknown preset 'lozzo'. Did you mean 'lozo'?"),
+        (changed(data={"task": "sst-2"}), "data.task: unknown task 'sst-2'. Did you mean 'sst2'?"),
+        (changed(output=""), "output: String should have at least 1 character (got '')"),
+        (changed(model={"path": ""}), "model.path: String should have at least 1 character (got '')"),
+        (changed(train={"steps": 0}), "train.steps: Input should be greater than or equal to 1 (got 0)"),
+        (changed(method={"lr": float("inf")}), "method.lr: Input should be a finite number (got inf)"),
+        (changed(model={"dtype": "bf16"}), "'auto', 'float32', 'bfloat16' or 'float16' (got 'bf16')"),
+        (changed(train=3), "train is a table: write [train] and its keys below (got 3)"),
+        ({"output": "runs/a", "data": {}}, "model is required"),
+        ({**MINIMAL, "model": {}}, "model.path is required"),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_allowed(table: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(table)
+
+
+def test_each_mistake_gets_one_line() -> None:
+    lines = refusal(changed(data={"bos": "first"}, train={"steps": 0, "seed": -1})).splitlines()
+    assert len(lines) == 3
+    assert "my.toml: data.bos: must be 'tokenizer', 'none' or a token id (got 'first')" in lines
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        config.load(tmp_path / "missing.toml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        config.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"output = ", b"output = '\xff'"])
+def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        config.load(path)
+
+
+def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(config.dump(config.parse(MINIMAL)))
+    overrides = [
+        "train.steps=7",
+        "method.lr = 3e-5",
+        "output=runs/b",
+        'data.candidates=["no", "yes"]',
+        "model.path=x=y",
+    ]
+    loaded = config.load(path, overrides)
+    assert (loaded.train.steps, loaded.method.lr, loaded.output) == (7, 3e-5, "runs/b")
+    assert (loaded.data.candidates, loaded.model.path) == (["no", "yes"], "x=y")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("train.steps", "section.key=value"),
+        ("=3", "section.key=value"),
+        ("output.name=3", "'output' is not a table"),
+        ("train.stesp=3", "Did you mean 'train.steps'"),
+        ("train.steps=many", "train.steps"),
+    ],
+)
+def test_an_override_that_makes_no_sense(tmp_path: Path, assignment: str, expected: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(config.dump(config.parse(MINIMAL)))
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, [assignment])
+    assert expected in str(caught.value)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from zotune.progress import SilentReporter, Smoothed, TerminalReporter, duration, percent, reporter
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def step(number: int, loss: float | None = 0.6, **values: Any) -> dict[str, Any]:
+    record = {"kind": "step", "step": number, "loss": loss, "lr": 1e-6, "coefficients": [0.5]}
+    return {**record, "seconds": 0.5, "rows_per_s": 32.0, "skipped": False, **values}
+
+
+def evaluation(number: int, loss: float, accuracy: float | None) -> dict[str, Any]:
+    return {"kind": "eval", "step": number, "loss": loss, "accuracy": accuracy, "seconds": 7.0}
+
+
+def test_the_first_value_is_not_pulled_towards_zero() -> None:
+    assert Smoothed(0.95).add(0.7) == pytest.approx(0.7)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), st.floats(0.1, 0.99))
+def test_smoothed_is_the_exponentially_weighted_average(values: list[float], decay: float) -> None:
+    smoothed = Smoothed(decay)
+    for value in values:
+        smoothed.add(value)
+    weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]
+    expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    assert smoothed.value == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_smoothed_leaves_out_what_is_not_finite() -> None:
+    smoothed = Smoothed(0.5)
+    assert smoothed.add(math.nan) is None
+    smoothed.add(2.0)
+    assert [smoothed.add(value) for value in (None, math.inf, 5.0)] == pytest.approx([2.0, 2.0, 4.0])
+
+
+def test_without_a_terminal_there_is_one_plain_line_per_evaluation_and_notice() -> None:
+    stream, clock = io.StringIO(), Clock()
+    live = TerminalReporter(Console(file=stream), clock)
+    live.start(Path("runs/a[b]"), steps=1000, done=0)
+    live.notice("12 rows were cut to [64] tokens, " + "which is long " * 10)
+    live.evaluation(evaluation(0, 0.6931, 0.525))
+    for number in range(1, 101):
+        clock.now += 0.5
+        live.step(step(number))
+    live.evaluation(evaluation(100, 0.512, 0.783))
+    live.finish()
+    assert stream.getvalue().splitlines() == [
+        "run runs/a[b]: 1000 steps",
+        "12 rows were cut to [64] tokens, " + "which is long " * 10,
+        "step 0/1000  loss 0.693  accuracy 52.5 %",
+        "step 100/1000  loss 0.512  accuracy 78.3 %  32 rows/s  7:30 left",
+    ]
+
+
+def test_time_left_counts_this_sitting_and_its_evaluations() -> None:
+    stream, clock = io.StringIO(), Clock()
+    live = TerminalReporter(Console(file=stream), clock)
+    live.start(Path("run"), steps=30, done=10)
+    clock.now += 60  # the evaluation before the first step, which comes once
+    clock.now += 1
+    live.step(step(11, seconds=1.0))
+    clock.now += 9
+    live.step(step(20, seconds=1.0))
+    clock.now += 10  # an evaluation as it will come again
+    live.evaluation(evaluation(20, 0.5, None))
+    live.step(step(30))
+    live.evaluation(evaluation(30, 0.4, None))
+    assert stream.getvalue().splitlines() == [
+        "run run: 30 steps, 10 done",
+        "step 20/30  loss 0.500  32 rows/s  0:20 left",
+        "step 30/30  loss 0.400  32 rows/s",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_on_a_terminal_a_bar_shows_the_latest_step(width: int) -> None:
+    stream = io.StringIO()
+    live = TerminalReporter(Console(file=stream, force_terminal=True, width=width, _environ={}), Clock())
+    live.start(Path("run"), steps=40, done=0)
+    live.evaluation(evaluation(0, 0.7, 0.5))
+    live.step(step(1, 0.8))
+    live.step(step(2, None, skipped=True))
+    live.step(step(3, 0.4))
+    live.finish()
+    live.finish()
+    shown = stream.getvalue()
+    assert "step 0/40  loss 0.700  accuracy 50.0 %\n" in shown
+    # The average of 0.8 and 0.4 with weights 0.95 and 1; the skipped step takes no part.
+    assert "step 3/40  loss 0.400  smoothed 0.595  accuracy 50.0 %  32 rows/s" in shown
+    assert ("━" in shown) == (width == 140)
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor must come back"
+
+
+def test_the_reporter_of_a_console() -> None:
+    assert isinstance(reporter(Console(), quiet=True), SilentReporter)
+    assert isinstance(reporter(Console()), TerminalReporter)
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (250, "4:10"), (7325, "2:02:05")])
+def test_duration(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_percent() -> None:
+    assert percent(0.78349) == "78.3 %"
