@@ -53,7 +53,7 @@ def newest(folder: Path) -> tuple[int, int, dict[str, Tensor]] | None:
             continue
     if found:
         raise JournalError(
-            f"all {len(found)} checkpoints in {folder} are damaged; remove the folder to rebuild the run from its journal"
+            f"all {len(found)} checkpoints in {folder} are damaged; remove the folder, and the journal rebuilds the run"
         )
     return None
 

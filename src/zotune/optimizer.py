@@ -52,14 +52,14 @@ class Method:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     lora_rank: int | None = None
-    lora_alpha: float = 16.0
+    lora_alpha: int = 16
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         if self.family == "dense" and self.momentum:
             raise ConfigError(
-                f"momentum = {self.momentum} needs low-rank directions: a dense momentum is a second copy of the model. "
-                "Use the preset lozo-m, or momentum = 0."
+                f"momentum = {self.momentum} needs low-rank directions: for dense ones it would be a second copy of the "
+                "model. Use the preset lozo-m, or momentum = 0."
             )
         if self.lora_rank is not None and self.family != "dense":
             raise ConfigError("LoRA matrices are tuned with dense directions; use the preset mezo-lora")

@@ -28,7 +28,9 @@ class Preset:
     method: Method
 
 
-_LOZO = "Chen, Zhang, Cao, Yuan and Ji 2025, Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures"
+_LOZO = (
+    "Chen, Zhang, Cao, Yuan and Ji 2025, Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures"
+)
 _MEZO = "Malladi, Gao, Nichani, Damian, Lee, Chen and Arora 2023, Fine-Tuning Language Models with Just Forward Passes"
 _APPLIES_PROBED = "applies the direction that was probed on every step; the official code redraws U on refresh steps"
 _V_SIDE = "V is on the input side of every linear map, also where a checkpoint stores the weight transposed (GPT-2)"
@@ -70,7 +72,7 @@ PRESETS = {
             "MeZO on freshly added LoRA matrices of the query and value projections",
             _MEZO,
             (_TRANSIENT,),
-            Method(family="dense", lr=5e-5, eps=1e-2, lora_rank=8, lora_alpha=16.0),
+            Method(family="dense", lr=5e-5, eps=1e-2, lora_rank=8, lora_alpha=16),
         ),
     )
 }

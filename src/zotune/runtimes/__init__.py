@@ -1,0 +1,1 @@
+"""Runtimes: what executes scoring and updates where the tensors live."""

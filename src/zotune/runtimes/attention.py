@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from zotune.errors import ModelError
 from zotune.runtimes.packing import BranchGroup, Pack
+from zotune.runtimes.precision import product_dtype
 
 NAME = "zotune"
 _current: ContextVar[Pack] = ContextVar("pack")
@@ -67,24 +68,24 @@ def packed_attention(
     pack = _current.get()
     tokens = len(pack.tokens)
     # (blocks, T, heads, width), the memory order in which projections write
-    q, k, v = (x.transpose(1, 2).unflatten(1, (-1, tokens))[0] for x in (query, key, value))
-    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=v.device)
+    dtype = product_dtype(value.dtype, value.device.type)
+    q, k, v = (x.to(dtype).transpose(1, 2).unflatten(1, (-1, tokens))[0] for x in (query, key, value))
+    out = value.new_empty((*q.shape[:3], v.shape[3]))
     for group in pack.groups:
         end = group.start + group.count * group.length
         split = (group.count, group.length)
         own = [x[:, group.start : end].unflatten(1, split) for x in (q, k, v)]
         if isinstance(group, BranchGroup):
             own[1:] = [torch.cat([x[:, group.prompts], y], 2) for x, y in zip((k, v), own[1:], strict=True)]
-        heads_first = [x.flatten(0, 1).transpose(1, 2) for x in own]
-        attended = _attend(*heads_first, scaling, sliding_window, softcap)
+        rows_first = tuple(x.flatten(0, 1).transpose(1, 2) for x in own)
+        attended = _attend(rows_first, scaling, sliding_window, softcap)
         out[:, group.start : end].unflatten(1, split).copy_(attended.transpose(1, 2).unflatten(0, (-1, group.count)))
     return out.flatten(0, 1).unsqueeze(0), None
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None
-) -> Tensor:
+def _attend(qkv: tuple[Tensor, ...], scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
     """Causal attention ``(rows, heads, length, width)``; queries are the last tokens of the keys."""
+    q, k, v = qkv
     length, total = q.shape[2], k.shape[2]
     if window is not None and window >= total:
         window = None
@@ -120,4 +121,3 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, _no_mask)
-

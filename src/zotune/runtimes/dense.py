@@ -55,6 +55,10 @@ class DenseMatrix:
                 y[block].add_(shift[block], alpha=amount)
         return y.to(weight.dtype)
 
+    def change(self, rows: slice) -> float:
+        """The update that is not in the weights yet: none."""
+        return 0.0
+
     def _unmoved(self) -> list[int]:
         return [block for block, row in enumerate(self._mix) if not any(row[1:])]
 

@@ -156,15 +156,14 @@ class EmbeddedRuntime:
     def export(self, path: Path) -> None:
         """Write the tuned model, this window's update included, as an ordinary Hugging Face folder."""
         merged = dict(self.model.state_dict())
-        storage = {tensor.data_ptr(): [] for tensor in merged.values()}
+        names: dict[int, list[str]] = {}
         for name, tensor in merged.items():
-            storage[tensor.data_ptr()].append(name)
+            names.setdefault(tensor.data_ptr(), []).append(name)
         for site, state in self.space.sites.items():
             weight = self._weights[site]
-            if hasattr(state, "change"):
-                total = weight.float() * state.keep + state.change(slice(None))
-                tuned = (total.T if merged[site.name].shape != weight.shape else total).to(weight.dtype).contiguous()
-                merged |= dict.fromkeys(storage[weight.data_ptr()], tuned)
+            tuned = (weight.float() * state.keep + state.change(slice(None))).to(weight.dtype)
+            stored = tuned.T.contiguous() if merged[site.name].stride() != weight.stride() else tuned
+            merged |= dict.fromkeys(names[weight.data_ptr()], stored)
         self.model.save_pretrained(path, state_dict=merged)
 
     def close(self) -> None:

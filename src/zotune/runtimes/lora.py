@@ -11,7 +11,7 @@ _QUERY_AND_VALUE = (("q_proj", "v_proj"), ("c_attn",), ("query_key_value",), ("q
 """Names of the query and value projections, fused ones included, as model families have them."""
 
 
-def add(model: PreTrainedModel, rank: int, alpha: float, seed: int) -> None:
+def add(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> None:
     """Add LoRA to the query and value projections: A random, B zero, as in MeZO's code.
 
     Raises:

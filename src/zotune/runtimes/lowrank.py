@@ -49,7 +49,7 @@ class LowRankMatrix:
         self.v = v
         self._projector = v.T.repeat(2, 1)
 
-    def probe(self, directions: Sequence[Tensor], mix: Tensor) -> None:
+    def probe(self, directions: list[Tensor], mix: Tensor) -> None:
         """Take this step's U, float32 ``(out, r)`` each, and how the blocks mix them, ``(blocks, 1 + directions)``."""
         self._table = torch.cat([self.update, *directions], 1)
         self._mix = mix
@@ -90,13 +90,13 @@ class LowRankMatrix:
 
 
 class Vector:
-    """A bias or norm gain ``(n,)`` as every block sees it: the stored vector plus ``shift``, float32 ``(blocks, n)``."""
+    """A bias or norm gain ``(n,)`` as every block sees it: as stored, plus ``shift``, float32 ``(blocks, n)``."""
 
     def __init__(self, update: Tensor) -> None:
         self.update = update
         self.keep = 1.0
 
-    def probe(self, directions: Sequence[Tensor], mix: Tensor) -> None:
+    def probe(self, directions: list[Tensor], mix: Tensor) -> None:
         """Take this step's z, float32 ``(n,)`` each, and how the blocks mix them."""
         self.shift = mix @ torch.stack([self.update, *directions])
 

@@ -83,9 +83,7 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
     Raises:
         ModelError: A parameter in scope belongs to a module whose structure is not known to be exact, or there is none.
     """
-    owners = {
-        id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)
-    }
+    owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
     head = model.get_output_embeddings()
     found: dict[Site, Tensor] = {}
     unknown: list[str] = []
@@ -137,7 +135,7 @@ def _bare(module: nn.Module, weight: Tensor) -> Callable[..., Tensor]:
     # A plain attribute, because the parameter table only takes parameters.
     del twin._parameters["weight"]
     twin.__dict__["weight"] = weight
-    return lambda *args, **kwargs: type(module).forward(twin, *args, **kwargs)  # type: ignore[no-any-return]
+    return lambda *args, **kwargs: type(module).forward(twin, *args, **kwargs)
 
 
 class TunedLinear:
@@ -174,10 +172,7 @@ class TunedHead:
         weight = (self.weight if rows is None else self.weight[rows]).float()
         bias = None if self.bias is None else (self.bias if rows is None else self.bias[rows]).float()
         blocks = x.float().view(self.shape.blocks, -1, x.shape[-1])
-        if self.matrix is None:
-            y = F.linear(blocks, weight, bias)
-        else:
-            y = self.matrix.linear(blocks, weight, bias, rows)
+        y = F.linear(blocks, weight, bias) if self.matrix is None else self.matrix.linear(blocks, weight, bias, rows)
         if self.shift is not None:
             shift = self.shift.shift if rows is None else self.shift.shift[:, rows]
             y.add_(shift.unsqueeze(1))
@@ -199,12 +194,11 @@ class TunedEmbedding:
 class TunedNorm:
     """Forward of a normalisation: ``normed(x) * gain_k + bias_k``, with gain and bias in float32."""
 
-    def __init__(self, module: nn.Module, gain: Vector, bias: Vector | None, shape: Shape) -> None:
-        weight = module.weight.data
+    def __init__(self, module: Any, gain: Vector, bias: Vector | None, shape: Shape) -> None:
+        self.weight, self.bias = module.weight.data, None if bias is None else module.bias.data
         # Gemma stores the gain less one: the module adds it back.
         self.offset = 1.0 if _adds_one(module) else 0.0
-        self.normed = _bare(module, torch.full_like(weight, 1.0 - self.offset))
-        self.weight, self.bias = weight, None if bias is None else module.bias.data
+        self.normed = _bare(module, torch.full_like(self.weight, 1.0 - self.offset))
         self.gain, self.shift, self.shape = gain, bias, shape
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -222,7 +216,7 @@ class TunedNorm:
         return torch.addcmul(bias.view(spread), y, gain.view(spread)).to(x.dtype).flatten(axis, axis + 1)
 
 
-def _adds_one(module: nn.Module) -> bool:
+def _adds_one(module: Any) -> bool:
     x = torch.linspace(-1, 2, 3 * len(module.weight), device=module.weight.device).view(1, 3, -1)
     return bool(_bare(module, torch.zeros_like(module.weight.data, dtype=torch.float32))(x).abs().max() > 1e-3)
 

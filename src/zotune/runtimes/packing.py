@@ -7,8 +7,8 @@ without a mask, and an operation that differs per probe is a batched matmul over
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -67,6 +67,21 @@ class Pack:
     starts: np.ndarray
 
 
+@dataclass
+class _Block:
+    """Tokens laid out so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+
+    def add(self, tokens: Sequence[int], position: int) -> int:
+        """Append tokens whose first has this position in its row; where they begin."""
+        start = len(self.tokens)
+        self.tokens += tokens
+        self.positions += range(position, position + len(tokens))
+        return start
+
+
 def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = "cpu") -> Pack:
     """Lay out one block.
 
@@ -76,45 +91,21 @@ def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = 
             possible when every candidate is a single token.
         device: Where the tensors go.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    prompt_starts = [0] * len(rows)
-    groups: list[PromptGroup | BranchGroup] = []
-
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    for length, members in groupby(by_length, key=lambda i: len(rows[i].prompt)):
-        start = len(tokens)
-        for i in members:
-            prompt_starts[i] = len(tokens)
-            tokens += rows[i].prompt
-            positions += range(length)
-        groups.append(PromptGroup(start, (len(tokens) - start) // length, length))
-
-    # The last token of a branch predicts nothing that counts, so it is left out.
-    branches = [(i, c) for i, row in enumerate(rows) for c, cand in enumerate(row.candidates) if len(cand.tokens) > 1]
-    shape = {(i, c): (len(rows[i].candidates[c].tokens) - 1, len(rows[i].prompt)) for i, c in branches}
-    branch_starts: dict[tuple[int, int], int] = {}
-    for (length, prompt_length), group in groupby(sorted(branches, key=shape.__getitem__), key=shape.__getitem__):
-        start, members = len(tokens), list(group)
-        for i, c in members:
-            branch_starts[i, c] = len(tokens)
-            tokens += rows[i].candidates[c].tokens[:-1]
-            positions += range(prompt_length, prompt_length + length)
-        prompts = torch.tensor([prompt_starts[i] for i, _ in members]).unsqueeze(1) + torch.arange(prompt_length)
-        groups.append(BranchGroup(start, len(members), length, prompts.to(device)))
-
-    sources, targets, starts = _scored(rows, prompt_starts, branch_starts)
-    kept, place = np.unique(sources, return_inverse=True)
-    vocabulary = None if normalised or not all(row.single_token for row in rows) else np.unique(targets)
-    columns = targets if vocabulary is None else np.searchsorted(vocabulary, targets)
 
     def tensor(values: Sequence[int] | np.ndarray) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device)
 
+    block = _Block()
+    prompts, prompt_starts = _add_prompts(block, rows)
+    branches, branch_starts = _add_branches(block, rows, prompt_starts, tensor)
+    sources, targets, starts = _scored(rows, prompt_starts, branch_starts)
+    kept, place = np.unique(sources, return_inverse=True)
+    narrow = not normalised and all(row.single_token for row in rows)
+    vocabulary, columns = np.unique(targets, return_inverse=True) if narrow else (None, targets)
     return Pack(
-        tokens=tensor(tokens),
-        positions=tensor(positions),
-        groups=tuple(groups),
+        tokens=tensor(block.tokens),
+        positions=tensor(block.positions),
+        groups=(*prompts, *branches),
         kept=tensor(kept),
         vocabulary=None if vocabulary is None else tensor(vocabulary),
         picked=(tensor(place), tensor(columns)),
@@ -122,10 +113,45 @@ def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = 
     )
 
 
+def _add_prompts(block: _Block, rows: Sequence[Row]) -> tuple[list[PromptGroup], list[int]]:
+    """Lay out the prompts by length; their groups, and where the prompt of each row begins."""
+    groups = []
+    starts = [0] * len(rows)
+    lengths = [len(row.prompt) for row in rows]
+    for length, group in groupby(sorted(range(len(rows)), key=lengths.__getitem__), key=lengths.__getitem__):
+        members = list(group)
+        for i in members:
+            starts[i] = block.add(rows[i].prompt, 0)
+        groups.append(PromptGroup(starts[members[0]], len(members), length))
+    return groups, starts
+
+
+def _add_branches(
+    block: _Block, rows: Sequence[Row], prompt_starts: Sequence[int], tensor: Callable[[np.ndarray], Tensor]
+) -> tuple[list[BranchGroup], dict[tuple[int, int], int]]:
+    """Lay out the candidates of several tokens by length; their groups, and where candidate c of row i begins."""
+    groups = []
+    starts: dict[tuple[int, int], int] = {}
+    # The last token of a branch predicts nothing that counts, so it is left out.
+    branches = [
+        (len(candidate.tokens) - 1, len(row.prompt), i, c)
+        for i, row in enumerate(rows)
+        for c, candidate in enumerate(row.candidates)
+        if len(candidate.tokens) > 1
+    ]
+    for (length, prompt_length), group in groupby(sorted(branches), key=lambda branch: branch[:2]):
+        members = [(i, c) for _, _, i, c in group]
+        for i, c in members:
+            starts[i, c] = block.add(rows[i].candidates[c].tokens[:-1], prompt_length)
+        seen = np.array([prompt_starts[i] for i, _ in members])[:, None] + np.arange(prompt_length)
+        groups.append(BranchGroup(starts[members[0]], len(members), length, tensor(seen)))
+    return groups, starts
+
+
 def _scored(
     rows: Sequence[Row], prompt_starts: Sequence[int], branch_starts: dict[tuple[int, int], int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per scored token of every candidate: the block's token that predicts it, and its id; and where candidates start."""
+    """For every scored token, the block's token that predicts it and its id; and where each candidate's begin."""
     sources: list[int] = []
     targets: list[int] = []
     starts: list[int] = []

@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import torch
 
-
 _NATIVE = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
