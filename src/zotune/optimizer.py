@@ -58,8 +58,8 @@ class Method:
         """Refuse what has no meaning."""
         if self.family == "dense" and self.momentum:
             raise ConfigError(
-                f"momentum = {self.momentum} needs low-rank directions: for dense ones it would be a second copy of the "
-                "model. Use the preset lozo-m, or momentum = 0."
+                f"momentum = {self.momentum} needs low-rank directions: for dense ones it would take a second copy of "
+                "the model. Use the preset lozo-m, or momentum = 0."
             )
         if self.lora_rank is not None and self.family != "dense":
             raise ConfigError("LoRA matrices are tuned with dense directions; use the preset mezo-lora")

@@ -29,7 +29,8 @@ class Preset:
 
 
 _LOZO = (
-    "Chen, Zhang, Cao, Yuan and Ji 2025, Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures"
+    "Chen, Zhang, Cao, Yuan and Ji 2025, "
+    "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures"
 )
 _MEZO = "Malladi, Gao, Nichani, Damian, Lee, Chen and Arora 2023, Fine-Tuning Language Models with Just Forward Passes"
 _APPLIES_PROBED = "applies the direction that was probed on every step; the official code redraws U on refresh steps"

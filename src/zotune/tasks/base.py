@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from zotune.config import DataConfig
-from zotune.templates import Record
+
+if TYPE_CHECKING:
+    from zotune.data.templates import Record
 
 
 def as_read(record: Record) -> Record:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from zotune.config import DataConfig
 from zotune.tasks.base import Task
-from zotune.templates import Record
+
+if TYPE_CHECKING:
+    from zotune.data.templates import Record
 
 
 def _strip(record: Record) -> Record:

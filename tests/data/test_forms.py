@@ -2,9 +2,9 @@ import pytest
 from tiny_tokenizers import byte_level, words
 
 from zotune.config import DataConfig
-from zotune.encode import Encoder
+from zotune.data.encode import Encoder
+from zotune.data.forms import form
 from zotune.errors import DataError
-from zotune.forms import form
 from zotune.objectives import CandidateCrossEntropy, CompletionNLL
 
 ENCODER = Encoder(words(), 100)

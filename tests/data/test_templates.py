@@ -1,7 +1,7 @@
 import pytest
 
+from zotune.data.templates import Template, lookup
 from zotune.errors import DataError
-from zotune.templates import Template, lookup
 
 ROW = {"text": "a film", "stars": 4, "share": 0.5, "none": None, "many": ["a"], "a b": "spaced"}
 

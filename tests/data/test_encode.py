@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level, merging, words
 
-from zotune.encode import Encoder, Text
+from zotune.data.encode import Encoder, Text
 from zotune.errors import DataError
 from zotune.rows import Candidate, Row
 

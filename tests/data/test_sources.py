@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from zotune.data.sources import File, Hub, locate
 from zotune.errors import DataError
-from zotune.sources import File, Hub, locate
 
 ROWS = [{"text": "a film\u2028of two lines", "label": 0}, {"text": 'café, "fine"', "label": 1}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

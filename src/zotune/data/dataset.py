@@ -1,24 +1,23 @@
-"""Data: the examples of a run, split and encoded once, and the order in which steps take them."""
+"""The examples of a run: read, split and encoded once, ahead of time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from zotune.config import DataConfig
-from zotune.encode import Encoded, Encoder
+from zotune.data.encode import Encoded, Encoder
+from zotune.data.forms import Numbered, form
+from zotune.data.sources import File, Hub, Records, locate
+from zotune.data.templates import Record
 from zotune.errors import ConfigError, DataError
-from zotune.forms import Numbered, form
 from zotune.objectives import Objective
 from zotune.rows import Example
-from zotune.sources import File, Hub, Records, locate
 from zotune.tasks import TASKS
 from zotune.tasks.base import as_read
-from zotune.templates import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,51 +73,6 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -
         notices += [f"{name}: {part.summary}", *_cuts(name, part.encoded, encoder.max_length)]
     objective = problem.objective((*train.examples, *validation.examples))
     return Dataset(train.examples, validation.examples, objective, tuple(notices))
-
-
-@dataclass(frozen=True)
-class BatchOrder:
-    """Which examples each step takes: a pure function of the step.
-
-    Examples are taken in shuffled epochs, without replacement within an epoch. Every batch has ``batch_size`` entries:
-    one that crosses the end of an epoch takes the rest from the next epoch, so nothing is dropped and no batch is
-    smaller. A batch size above the number of examples spans several epochs in the same way.
-
-    Attributes:
-        n_examples: At least 1.
-        batch_size: At least 1.
-        seed: Of the shuffling; not negative.
-    """
-
-    n_examples: int
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if min(self.n_examples, self.batch_size) < 1:
-            raise ValueError(f"need at least one example and a batch size of at least one; got {self}")
-
-    def indices(self, step: int) -> tuple[int, ...]:
-        """The indices of the examples of one step, counted from 0.
-
-        Raises:
-            ValueError: ``step`` is negative.
-        """
-        if step < 0:
-            raise ValueError(f"steps are counted from 0; got {step}")
-        start = step * self.batch_size
-        return tuple(self._at(position) for position in range(start, start + self.batch_size))
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, self.n_examples)
-        return _epoch(self.n_examples, self.seed, epoch)[place]
-
-
-@lru_cache(maxsize=4)
-def _epoch(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
-    # Sorted raw words, not Generator.permutation: numpy keeps only the former the same in all its versions.
-    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n_examples)
-    return tuple(np.argsort(words, kind="stable").tolist())
 
 
 def _max_length(config: DataConfig, context: int) -> int:

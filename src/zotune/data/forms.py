@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zotune.config import DataConfig
-from zotune.encode import Encoded, Encoder, Text
+from zotune.data.encode import Encoded, Encoder, Text
+from zotune.data.templates import Record, Template, lookup
 from zotune.errors import DataError
 from zotune.objectives import CandidateCrossEntropy, CompletionNLL, Objective
 from zotune.rows import Example
-from zotune.templates import Record, Template, lookup
 
 Numbered = tuple[str, Record]
 """A row as it is read, with its name for messages, e.g. ``row 3 of train.jsonl``."""
