@@ -1,10 +1,10 @@
 import pytest
 
 from zotune.config import DataConfig
-from zotune.forms import Classification, form
-from zotune.sources import Hub, locate
+from zotune.data.forms import Classification, form
+from zotune.data.sources import Hub, locate
 from zotune.tasks import TASKS
-from zotune.templates import Template
+from zotune.data.templates import Template
 
 
 @pytest.mark.parametrize("name", TASKS)

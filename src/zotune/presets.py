@@ -29,7 +29,7 @@ class Preset:
 
 
 _LOZO = (
-    "Chen, Zhang, Cao, Yuan and Ji 2025, "
+    "Chen, Zhang, Cao, Yuan and Wen 2025, "
     "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures"
 )
 _MEZO = "Malladi, Gao, Nichani, Damian, Lee, Chen and Arora 2023, Fine-Tuning Language Models with Just Forward Passes"

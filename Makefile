@@ -1,0 +1,53 @@
+# `make demo` and `make test` need Python >= 3.11 and a package index; once .venv stands, neither needs the network.
+# Which build of PyTorch the pin brings is the package index's choice; TORCH names another requirement:
+#   make demo TORCH='torch>=2.8,<2.13'
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.PHONY: help demo test lint types bench clean setup
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(VENV)/demo.stamp ## fine-tune a real model on real reviews, on the CPU, in minutes
+	$(BIN)/zotune demo
+
+test: $(VENV)/dev.stamp ## run the test suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -q
+
+lint: $(VENV)/dev.stamp ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp ## check types
+	$(BIN)/mypy
+
+bench: $(VENV)/demo.stamp ## time a step against the official procedure
+	$(BIN)/zotune bench step
+
+setup: $(VENV)/dev.stamp ## create .venv with all that development needs
+
+clean: ## remove .venv and what tools left behind; runs and the demo's cache stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf src/*.egg-info
+
+# PyTorch goes first and alone: left to the dependencies, pip would take the newest build, with gigabytes of CUDA.
+$(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "zotune needs Python >= 3.11, $(PYTHON) is $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)'
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install --editable '.[demo]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install --editable '.[dev]'
+	@touch $(VENV)/demo.stamp $@
