@@ -35,8 +35,8 @@ class Sgd:
 class Momentum:
     """LOZO-M: ``N <- b N + (1 - b) g``, ``B <- B - lr N`` (Chen et al. 2025, section 5).
 
-    When V changes, N is projected into the new window: ``N <- N (V_old^T V_new) / n`` with n rows of V, which keeps
-    ``N V^T`` in expectation.
+    When V changes, N is projected into the new window: ``N <- N (V_old^T V_new) / n`` with n rows of V, the
+    least-squares projection of ``N V_old^T`` with ``V_new^T V_new`` replaced by its expectation ``n I``.
     """
 
     def __init__(self, beta: float, size: int, device: torch.device | str = "cpu") -> None:

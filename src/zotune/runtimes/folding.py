@@ -98,7 +98,10 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
     # Adding uniform low bits to the magnitude carries into the kept bits with the right probability.
     rounded = values.view(torch.int32).add(bits >> (16 - cut)).bitwise_and_(-(1 << cut)).view(torch.float32)
     if dtype == torch.float16:
-        small = (values / _FLOAT16_STEP_BELOW + bits / 65536).floor() * _FLOAT16_STEP_BELOW
+        steps = values / _FLOAT16_STEP_BELOW
+        whole = steps.floor()
+        # The fraction is added by itself, because float32 cannot hold it to 16 bits beside a large whole.
+        small = (whole + (steps - whole + bits / 65536).floor()) * _FLOAT16_STEP_BELOW
         rounded = torch.where(values.abs() < _FLOAT16_SMALLEST_NORMAL, small, rounded)
     return rounded.to(dtype)
 

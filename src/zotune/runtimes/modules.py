@@ -116,25 +116,31 @@ def _is_norm(module: nn.Module) -> bool:
     That is: one gain, perhaps a bias, no other parameter, and the output is ``normed(x) * (gain + offset) + bias``.
     """
     own = dict(module.named_parameters(recurse=False))
-    if not set(own) <= {"weight", "bias"} or "weight" not in own or any(True for _ in module.children()):
+    gain = own.get("weight")
+    if gain is None or gain.dim() != 1 or not set(own) <= {"weight", "bias"} or any(True for _ in module.children()):
         return False
-    gain = own["weight"]
-    if gain.dim() != 1:
+    x = torch.linspace(-1, 2, 3 * len(gain), device=gain.device).view(1, 3, -1)
+    # Another gain and bias for every feature, so that a module that mixes features is found out.
+    tilt = torch.linspace(-1.3, 2.1, len(gain), device=gain.device)
+    bias = tilt.flip(0) if "bias" in own else None
+    try:
+        with torch.no_grad():
+            zero, one = (_bare(module, torch.full_like(tilt, value))(x) for value in (0.0, 1.0))
+            normed, offset = one - zero, float(zero.abs().max() > 1e-3)
+            expected = normed * (tilt + offset) + (0.0 if bias is None else bias)
+            close = torch.allclose(zero, offset * normed, atol=1e-5)
+            return close and torch.allclose(_bare(module, tilt, bias)(x), expected, atol=1e-5) and bool(normed.any())
+    except Exception:  # Whatever a foreign module raises when it is tried: it is not known to be a norm.
         return False
-    x = torch.linspace(-1, 2, 3 * len(gain), device=gain.device, dtype=torch.float32).view(1, 3, -1)
-    with torch.no_grad():
-        zero, one, two = (_bare(module, gain.new_full(gain.shape, value).float())(x) for value in (0.0, 1.0, 2.0))
-    return bool(torch.allclose(two - one, one - zero, atol=1e-5)) and bool((one - zero).abs().max() > 1e-3)
 
 
-def _bare(module: nn.Module, weight: Tensor) -> Callable[..., Tensor]:
-    """The module's own forward with another weight and no bias."""
+def _bare(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
+    """The module's own forward with another weight and bias."""
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)
-    twin._parameters = {"weight": None, "bias": None}
-    # A plain attribute, because the parameter table only takes parameters.
-    del twin._parameters["weight"]
-    twin.__dict__["weight"] = weight
+    # Plain attributes, because the parameter table only takes parameters.
+    twin._parameters = {}
+    twin.__dict__.update(weight=weight, bias=bias)
     return lambda *args, **kwargs: type(module).forward(twin, *args, **kwargs)
 
 

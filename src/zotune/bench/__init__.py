@@ -1,0 +1,13 @@
+"""``zotune bench step``: a whole step against the official LOZO procedure, in one run, on this machine.
+
+The two take turns (A B A B), so that whatever slows the machine down slows both. They have the same model, batches,
+rank and probe distance; each runs as it would in use: zotune packs, the official procedure pads.
+"""
+
+from __future__ import annotations
+
+from zotune.bench.memory import MemoryReport
+from zotune.bench.report import StepReport
+from zotune.bench.steps import step
+
+__all__ = ["MemoryReport", "StepReport", "step"]

@@ -1,0 +1,77 @@
+"""Peak memory of zotune's steps against the bare model's inference on the same batch, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from zotune.errors import ZotuneError
+
+Side = Literal["zotune", "inference"]
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Peak bytes from the moment the model is loaded: of the process, or of the GPU's allocator.
+
+    Attributes:
+        zotune: While stepping, a fold included.
+        inference: While the bare model runs forward over the padded batch, logits at the last token only.
+    """
+
+    zotune: int
+    inference: int
+
+    @property
+    def ratio(self) -> float:
+        """zotune's peak over the bare model's."""
+        return self.zotune / self.inference
+
+
+def measure(settings: Mapping[str, Any]) -> MemoryReport:
+    """Run both sides.
+
+    Args:
+        settings: Arguments of `zotune.bench.steps.prepare`, and ``rank``, ``scope`` and ``directions``.
+
+    Raises:
+        ZotuneError: A measuring process failed; the message has what it printed last.
+    """
+    return MemoryReport(_child("zotune", settings), _child("inference", settings))
+
+
+def _child(side: Side, settings: Mapping[str, Any]) -> int:
+    command = [sys.executable, "-m", "zotune.bench.memory_probe", side, json.dumps(settings, default=str)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise ZotuneError(f"measuring the memory of {side} failed: {last[0]}")
+    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"])
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start a new measurement; where the system cannot, the peak stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak since `forget_peak`, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    # Kilobytes everywhere but on macOS, where it is bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,48 @@
+"""One side of the memory measurement; run by `zotune.bench.memory` as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from zotune.bench.memory import Side, forget_peak, peak_bytes
+from zotune.bench.steps import Setting, Stepper, method_of, prepare
+from zotune.protocol import Update
+from zotune.testing.official import collate
+
+_STEPS = 3
+
+
+def main(side: Side, settings: dict[str, Any]) -> int:
+    """Peak bytes of one side."""
+    torch.set_num_threads(settings.pop("threads"))
+    method = method_of(settings.pop("scope"), settings.pop("rank"), settings.pop("directions"))
+    setting = prepare(**settings)
+    device = next(setting.model.parameters()).device
+    forget_peak(device)
+    if side == "inference":
+        infer(setting)
+    else:
+        stepper = Stepper(setting, method)
+        for number in range(_STEPS):
+            stepper.step(number)
+        stepper.runtime.apply(Update(_STEPS, 0, (), 0.0, closes_window=True))
+    return peak_bytes(device)
+
+
+@torch.inference_mode()
+def infer(setting: Setting) -> None:
+    """The bare model over the padded batches, one sequence per example, without a cache."""
+    device = next(setting.model.parameters()).device
+    for number in range(_STEPS):
+        batch = collate(setting.batch(number))
+        first = torch.tensor(batch.sizes).cumsum(0) - torch.tensor(batch.sizes)
+        ids, mask = batch.input_ids[first].to(device), batch.attention_mask[first].to(device)
+        setting.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+
+
+if __name__ == "__main__":
+    print(json.dumps({"peak_bytes": main(sys.argv[1], json.loads(sys.argv[2]))}))  # type: ignore[arg-type]

@@ -1,0 +1,243 @@
+"""Timing whole steps of zotune and of the official procedure in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Literal, cast
+
+import torch
+
+from zotune import data as datasets
+from zotune import demo, models
+from zotune.bench import memory as memories
+from zotune.bench import work
+from zotune.bench.report import StepReport
+from zotune.config import DataConfig, ModelConfig
+from zotune.errors import ConfigError, DataError, unknown
+from zotune.optimizer import Method, Optimizer
+from zotune.presets import PRESETS
+from zotune.protocol import Update
+from zotune.rows import Example
+from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.precision import product_dtype
+from zotune.testing.official import OfficialLozo
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_SCOPES = ("linear", "all")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A loaded model and the batches to step on."""
+
+    model: Any
+    dataset: datasets.Dataset
+    batch_size: int
+
+    def batch(self, number: int) -> list[Example]:
+        """The examples of a step."""
+        order = datasets.BatchOrder(len(self.dataset.train), self.batch_size, seed=0)
+        return [self.dataset.train[index] for index in order.indices(number)]
+
+
+def step(
+    *,
+    model: str | None = None,
+    data: Path | None = None,
+    dtype: str = "bfloat16",
+    baseline_dtype: str | None = None,
+    batch_size: int = 16,
+    rank: int = 2,
+    scope: str = "all",
+    directions: int = 1,
+    repeats: int = 10,
+    threads: int | None = None,
+    memory: bool = False,
+) -> StepReport:
+    """Time ask, score, losses, tell and apply against the official LOZO step; journalling is not part of either.
+
+    Args:
+        model: Hub id or folder of a causal language model; default: the demonstration's.
+        data: Folder with ``train`` and ``validation`` rows of SST-2 as ``.jsonl.gz`` or ``.jsonl``; default: the
+            demonstration's reviews.
+        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        baseline_dtype: The same for the official procedure; default: ``dtype``.
+        batch_size: Examples per step.
+        rank: Columns of U and V.
+        scope: ``linear`` or ``all``, for zotune; the official procedure tunes every parameter.
+        directions: Two-point directions per step.
+        repeats: Steps to time of each side, after one that is not timed.
+        threads: CPU threads; default: PyTorch's.
+        memory: Also measure peak memory against bare inference, in two more processes.
+
+    Raises:
+        ConfigError: A name is unknown or a count is not positive.
+        DataError: The folder has no such rows.
+        ModelError: The model cannot be loaded or tuned in this scope.
+    """
+    baseline_dtype = baseline_dtype or dtype
+    _check(dtype, baseline_dtype, scope, [batch_size, rank, directions, repeats, threads or 1])
+    method = method_of(scope, rank, directions)
+    with _threads(threads):
+        ours = prepare(model=model, data=data, dtype=dtype, batch_size=batch_size)
+        theirs = prepare(model=model, data=data, dtype=baseline_dtype, batch_size=batch_size)
+        stepper = Stepper(ours, method)
+        official = OfficialLozo(theirs.model, lr=method.lr, eps=method.eps, rank=rank, interval=method.interval)
+        timing = _alternate(stepper, lambda number: official.step(theirs.batch(number)), repeats)
+        device = stepper.device
+        product = product_dtype(getattr(torch, dtype), device.type)
+        batches = [ours.batch(number) for number in range(1, repeats + 1)]
+        probes = 2 * directions
+        report = StepReport(
+            model=Path(model).name if model else "the demo's model",
+            dtype=dtype,
+            baseline_dtype=baseline_dtype,
+            product_dtype=str(product).removeprefix("torch."),
+            device=str(device),
+            batch_size=batch_size,
+            rank=rank,
+            scope=scope,
+            directions=directions,
+            repeats=repeats,
+            threads=torch.get_num_threads(),
+            step_s=median(timing.ours) + timing.fold / method.interval,
+            baseline_step_s=directions * median(timing.theirs),
+            tokens=round(mean(work.step_tokens(_rows(batch), probes) for batch in batches)),
+            baseline_tokens=round(directions * mean(work.padded_tokens(batch) for batch in batches)),
+            flops=mean(stepper.flops(batch, probes) for batch in batches),
+            peak_flops_per_s=timing.peak,
+            fold_s=timing.fold,
+            phases=timing.phases | {"fold": timing.fold / method.interval},
+        )
+        if memory:
+            settings = {"model": model, "data": data, "dtype": dtype, "batch_size": batch_size}
+            settings |= {"rank": rank, "scope": scope, "directions": directions, "threads": report.threads}
+            report = replace(report, memory=memories.measure(settings))
+    return report
+
+
+def method_of(scope: str, rank: int, directions: int) -> Method:
+    """The preset ``lozo`` with these values."""
+    known = cast("Literal['linear', 'all']", scope)
+    return replace(PRESETS["lozo"].method, scope=known, rank=rank, directions=directions)
+
+
+def prepare(*, model: str | None, data: str | Path | None, dtype: str, batch_size: int) -> Setting:
+    """Load a model and its data; what is None comes from the demonstration."""
+    assets = demo.fetch() if model is None or data is None else None
+    path = model if model is not None else str(assets.model) if assets else ""
+    loaded, tokenizer = models.load(ModelConfig(path=path, dtype=cast("Literal['float32']", dtype)))
+    if data is not None:
+        folder = Path(data)
+        source = DataConfig(
+            task="sst2", train=str(_split(folder, "train")), validation=str(_split(folder, "validation"))
+        )
+    else:
+        source = demo.config(cast("demo.Assets", assets), Path("unused")).data
+    return Setting(loaded, datasets.load(source, tokenizer, models.context_length(loaded)), batch_size)
+
+
+def _split(folder: Path, split: str) -> Path:
+    for name in (f"{split}.jsonl.gz", f"{split}.jsonl"):
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder} has no {split}.jsonl.gz or {split}.jsonl; give a folder with SST-2's rows")
+
+
+def _check(dtype: str, baseline_dtype: str, scope: str, counts: Sequence[int]) -> None:
+    for name in (dtype, baseline_dtype):
+        if name not in _DTYPES:
+            raise ConfigError(unknown("dtype", name, _DTYPES))
+    if scope not in _SCOPES:
+        raise ConfigError(unknown("scope", scope, _SCOPES))
+    if min(counts) < 1:
+        raise ConfigError(f"batch size, rank, directions, repeats and threads must be at least 1, got {list(counts)}")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rows(batch: Sequence[Example]) -> list[Any]:
+    return [example.row for example in batch]
+
+
+class Stepper:
+    """zotune's side: a whole step, as the training loop does it.
+
+    Args:
+        setting: Model and batches.
+        method: What to tune and how.
+    """
+
+    def __init__(self, setting: Setting, method: Method) -> None:
+        self.setting = setting
+        self.device = next(setting.model.parameters()).device
+        self.objective = setting.dataset.objective
+        self.runtime = EmbeddedRuntime(setting.model, method)
+        self.optimizer = Optimizer(method, steps=method.interval)
+
+    def step(self, number: int) -> float:
+        """One step on the batch of this number; gives the loss."""
+        batch = self.setting.batch(number)
+        proposal = self.optimizer.ask(number % self.optimizer.steps)
+        scores = self.runtime.score(proposal.probes, _rows(batch), normalised=self.objective.normalised)
+        losses = self.objective.losses(scores, batch).mean(axis=1).tolist()
+        update = self.optimizer.tell(proposal, losses)
+        # The fold is timed by itself, so that it does not depend on how many windows the repeats happen to cross.
+        self.runtime.apply(replace(update, closes_window=False))
+        return self.optimizer.loss(losses)
+
+    def fold(self) -> None:
+        """Close the window."""
+        self.runtime.apply(Update(self.optimizer.steps - 1, 0, (), 0.0, closes_window=True))
+
+    def flops(self, batch: Sequence[Example], probes: int) -> float:
+        """See `zotune.bench.work.step_flops`."""
+        normalised = self.objective.normalised
+        return work.step_flops(self.setting.model, _rows(batch), probes, normalised=normalised)
+
+
+@dataclass(frozen=True)
+class _Timing:
+    ours: list[float]
+    theirs: list[float]
+    fold: float
+    phases: dict[str, float]
+    peak: float
+
+
+def _alternate(stepper: Stepper, official: Callable[[int], float], repeats: int) -> _Timing:
+    """Warm both up, then time them in turn on the same batches."""
+    device, timings = stepper.device, stepper.runtime.timings
+    product = product_dtype(next(stepper.setting.model.parameters()).dtype, device.type)
+    stepper.step(0)
+    official(0)
+    timings.update(dict.fromkeys(timings, 0.0))
+    ours, theirs, peaks = [], [], []
+    for number in range(1, repeats + 1):
+        ours.append(_seconds(stepper.step, number, device))
+        theirs.append(_seconds(official, number, device))
+        # In the same minutes as the steps, because on a shared machine the peak moves as much as they do.
+        peaks.append(work.matmul_peak(product, device))
+    phases = {name: seconds / repeats for name, seconds in timings.items()}
+    phases["other"] = mean(ours) - sum(phases.values())
+    start = work.clock(device)
+    stepper.fold()
+    return _Timing(ours, theirs, work.clock(device) - start, phases, max(peaks))
+
+
+def _seconds(side: Callable[[int], float], number: int, device: torch.device) -> float:
+    start = work.clock(device)
+    side(number)
+    return work.clock(device) - start

@@ -1,0 +1,137 @@
+"""Tiny random models of every supported family, and rows to score with them.
+
+A model has two layers and a few ten thousand parameters, so that a whole suite takes seconds. Every parameter is
+random, biases and norm gains too: a runtime that forgets one gives other scores.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from zotune.errors import ModelError, unknown
+from zotune.rows import Candidate, Row
+
+VOCABULARY = 96
+"""Token ids of every tiny model are ``0 .. VOCABULARY - 1``."""
+
+CONTEXT = 64
+"""Longest sequence of every tiny model."""
+
+_DECODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+}
+_GEMMA: dict[str, Any] = {**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 8}
+
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": (
+        "opt",
+        {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": CONTEXT,
+            "dropout": 0.0,
+        },
+    ),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": CONTEXT}),
+    "llama": ("llama", {**_DECODER, "tie_word_embeddings": False}),
+    "llama-tied": ("llama", {**_DECODER, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {**_DECODER, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**_DECODER, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}),
+    "gemma3": ("gemma3_text", {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
+    "mistral": ("mistral", {**_DECODER, "sliding_window": 8, "tie_word_embeddings": False}),
+}
+
+FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
+"""Names that `model` takes: one per mechanism that a runtime has to get right."""
+
+
+def config(family: str) -> PretrainedConfig:
+    """The transformers configuration of a tiny model.
+
+    Raises:
+        ModelError: No such family.
+    """
+    if family not in _CONFIGS:
+        raise ModelError(unknown("tiny model", family, FAMILIES))
+    kind, values = _CONFIGS[family]
+    make: Callable[..., PretrainedConfig] = CONFIG_MAPPING[kind]
+    special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    return make(vocab_size=VOCABULARY, attn_implementation="eager", **special, **values)
+
+
+def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A tiny random causal language model in evaluation mode, the same for the same arguments.
+
+    Weights are spread so that attention and logits are far from flat; norm gains and biases are random.
+
+    Raises:
+        ModelError: No such family.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made: nn.Module = AutoModelForCausalLM.from_config(config(family), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                _randomise(parameter)
+    return made.to(dtype).eval()
+
+
+def _randomise(parameter: nn.Parameter) -> None:
+    """Spread a matrix to variance 2 / in; move a vector off its initial value (a gain's 0 or 1, a bias's 0)."""
+    if parameter.dim() > 1:
+        parameter.normal_(0.0, (2.0 / min(parameter.shape)) ** 0.5)
+    else:
+        parameter.add_(torch.randn_like(parameter), alpha=0.2)
+
+
+def rows(
+    kind: Literal["single", "multi", "mixed"] = "mixed", count: int = 6, *, seed: int = 0, longest: int = 24
+) -> tuple[Row, ...]:
+    """Random rows whose prompts have 1 to ``longest`` tokens, both ends included from two rows on.
+
+    Args:
+        kind: ``single``: two candidates of one token each; ``multi``: one to three candidates of up to four tokens,
+            some of them not scored; ``mixed``: both in turn.
+        count: Number of rows.
+        seed: Equal seeds give equal rows.
+        longest: Longest prompt, in tokens.
+    """
+    draw = random.Random(seed)
+    lengths = [longest, 1, *(draw.randint(1, longest) for _ in range(count))][:count]
+    draw.shuffle(lengths)
+    made = []
+    for number, length in enumerate(lengths):
+        prompt = tuple(draw.randrange(4, VOCABULARY) for _ in range(length))
+        single = kind == "single" or (kind == "mixed" and number % 2 == 0)
+        made.append(Row(prompt, _one_token(draw) if single else _several_tokens(draw)))
+    return tuple(made)
+
+
+def _one_token(draw: random.Random) -> tuple[Candidate, ...]:
+    return tuple(Candidate((token,), (0,)) for token in draw.sample(range(4, VOCABULARY), 2))
+
+
+def _several_tokens(draw: random.Random) -> tuple[Candidate, ...]:
+    made = []
+    for length in (4, *(draw.randint(1, 4) for _ in range(draw.randint(0, 2)))):
+        tokens = tuple(draw.randrange(4, VOCABULARY) for _ in range(length))
+        scored = sorted(draw.sample(range(length), draw.randint(1, length)))
+        made.append(Candidate(tokens, tuple(scored)))
+    return tuple(made)

@@ -1,0 +1,135 @@
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from zotune import bench
+from zotune.bench import memory, work
+from zotune.errors import ConfigError, DataError, ZotuneError
+from zotune.rows import Candidate, Example, Row
+from zotune.testing import tiny
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "It", "was", "terrible", "great", *(f"w{index}" for index in range(60))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model("llama-tied").save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    for split, count in (("train", 40), ("validation", 10)):
+        rows = [
+            {"sentence": " ".join(draw.choices(WORDS[8:], k=draw.randint(2, 20))), "label": index % 2, "idx": index}
+            for index in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_report_from_a_tiny_model(model: str, data: Path) -> None:
+    threads = torch.get_num_threads()
+    report = bench.step(model=model, data=data, dtype="float32", batch_size=4, repeats=2, threads=1)
+    assert torch.get_num_threads() == threads
+    line = json.loads(json.dumps(report.to_json()))
+    assert line["ratio"] == pytest.approx(line["baseline_step_s"] / line["step_s"])
+    assert 0 < line["forward_share"] < 1
+    assert line["peak_share"] == pytest.approx(line["flops"] / line["step_s"] / line["peak_flops_per_s"])
+    assert line["baseline_tokens"] % 64 == 0
+    assert line["tokens"] < line["baseline_tokens"] / 2
+    assert set(line["phases"]) >= {"draw", "pack", "forward", "apply", "fold", "other"}
+    assert all(seconds >= 0 for seconds in line["phases"].values())
+    assert set(line["versions"]) == {"python", "torch", "zotune", "transformers"}
+    console = Console(record=True, width=120)
+    report.render(console)
+    text = console.export_text()
+    assert f"{report.ratio:.2f}" in text
+    assert "forward" in text
+
+
+def test_more_directions_are_compared_with_as_many_official_steps(model: str, data: Path) -> None:
+    one, three = (
+        bench.step(model=model, data=data, dtype="float32", batch_size=4, repeats=1, directions=count, threads=1)
+        for count in (1, 3)
+    )
+    assert three.tokens == 3 * one.tokens
+    assert three.baseline_tokens == 3 * one.baseline_tokens
+
+
+def test_memory_counts_what_each_process_needs(model: str, data: Path) -> None:
+    settings = {"model": model, "data": data, "dtype": "float32", "batch_size": 4, "threads": 1}
+    found = memory.measure({**settings, "scope": "all", "rank": 2, "directions": 1})
+    assert min(found.zotune, found.inference) > 50e6
+    assert found.ratio == found.zotune / found.inference
+
+
+def test_a_failing_measurement_says_why(data: Path) -> None:
+    settings = {"model": "./nowhere", "data": data, "dtype": "float32", "batch_size": 4, "threads": 1}
+    with pytest.raises(ZotuneError, match="nowhere"):
+        memory.measure({**settings, "scope": "all", "rank": 2, "directions": 1})
+
+
+def test_the_peak_starts_anew() -> None:
+    device = torch.device("cpu")
+    before = memory.peak_bytes(device)
+    big = torch.ones(200_000_000 // 4)
+    assert memory.peak_bytes(device) > before + 100e6
+    del big
+    if Path("/proc/self/clear_refs").exists():
+        memory.forget_peak(device)
+        assert memory.peak_bytes(device) < before + 100e6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float23"}, "float32"),
+        ({"baseline_dtype": "int8"}, "unknown dtype"),
+        ({"scope": "everything"}, "unknown scope"),
+        ({"repeats": 0}, "at least 1"),
+    ],
+)
+def test_refuses_what_it_cannot_do(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.step(**change)
+
+
+def test_refuses_a_folder_without_rows(model: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        bench.step(model=model, data=tmp_path, dtype="float32")
+
+
+def test_flops_by_hand() -> None:
+    made = tiny.model("llama")
+    single = Row(tuple(range(10)), (Candidate((4,), (0,)), Candidate((5,), (0,))))
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48
+    attention = 2 * 2 * 32 * 55
+    expected = 2 * (2 * layer * 10 + attention + 32 * 2)
+    assert work.step_flops(made, [single], 1, normalised=False) == expected
+    assert work.step_flops(made, [single], 3, normalised=True) == 3 * (expected + 2 * 32 * 94)
+    # Three branch tokens are computed behind ten prompt tokens; their own last one is not.
+    branch = replace(single, candidates=(Candidate((4, 5, 6, 7), (0, 3)), Candidate((5,), (0,))))
+    attention = 2 * 2 * 32 * (55 + 3 * 10 + 6)
+    assert work.step_flops(made, [branch], 1, normalised=True) == 2 * (2 * layer * 13 + attention + 2 * 32 * 96)
+
+
+def test_padded_tokens() -> None:
+    rows = [Row(tuple(range(length)), (Candidate((4,), (0,)), Candidate((5, 6), (0, 1)))) for length in (3, 7)]
+    assert work.padded_tokens([Example(row) for row in rows]) == 2 * 4 * 16
+
+
+def test_the_peak_is_a_rate() -> None:
+    assert 1e8 < work.matmul_peak(torch.float32, torch.device("cpu")) < 1e15

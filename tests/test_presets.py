@@ -1,0 +1,77 @@
+import pytest
+
+from zotune import config
+from zotune.config import MethodConfig
+from zotune.errors import ConfigError
+from zotune.optimizer import Method, Optimizer
+from zotune.presets import PRESETS, Preset, get, resolve, resolved
+
+METHODS_OF_ISSUE = {"lozo", "lozo-m", "mezo-factorized", "mezo", "mezo-lora"}
+
+
+def test_the_published_methods_are_there() -> None:
+    assert set(PRESETS) >= METHODS_OF_ISSUE
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
+def test_every_preset_says_what_it_is_and_where_it_comes_from(preset: Preset) -> None:
+    assert PRESETS[preset.name] is preset
+    assert preset.summary
+    assert "\n" not in preset.summary
+    assert any(str(year) in preset.citation for year in range(1990, 2100))
+    assert all(preset.deviations)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_take_a_step(name: str) -> None:
+    optimizer = Optimizer(get(name).method, steps=10)
+    proposal = optimizer.ask(0)
+    update = optimizer.tell(proposal, [0.5 + i for i in range(len(proposal.probes))])
+    assert all(coefficient != 0 for _, coefficient in update.terms)
+
+
+def test_defaults_are_the_published_ones() -> None:
+    lozo, momentum, factorized, mezo, lora = (
+        get(name).method for name in ("lozo", "lozo-m", "mezo-factorized", "mezo", "mezo-lora")
+    )
+    assert (lozo.family, lozo.rank, lozo.interval, lozo.eps, lozo.lr) == ("low-rank", 2, 50, 1e-3, 1e-6)
+    assert (momentum.momentum, momentum.interval) == (0.9, 50)
+    assert (factorized.rank, factorized.interval, factorized.scale) == (128, 1, pytest.approx(128**-0.5))
+    assert (mezo.family, mezo.eps, mezo.lr) == ("dense", 1e-3, 1e-6)
+    assert (lora.family, lora.lora_rank, lora.lora_alpha, lora.eps) == ("dense", 8, 16.0, 1e-2)
+    for method in (lozo, momentum, factorized, mezo, lora):
+        assert (method.estimator, method.directions, method.schedule) == ("two-point", 1, "constant")
+        assert (method.scope, method.weight_decay, method.distribution) == ("all", 0.0, "normal")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_configuration_that_sets_nothing_has_the_preset_itself(name: str) -> None:
+    assert resolve(MethodConfig(preset=name)) == PRESETS[name].method
+
+
+def test_a_configuration_overrides_what_it_sets_and_nothing_else() -> None:
+    method = resolve(MethodConfig(preset="lozo-m", lr=3e-5, scope="linear", momentum=0.0, directions=4))
+    assert method == Method(lr=3e-5, scope="linear", momentum=0.0, directions=4)
+
+
+def test_an_override_without_meaning_for_the_preset_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"momentum = 0\.5 needs low-rank"):
+        resolve(MethodConfig(preset="mezo", momentum=0.5))
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"unknown preset 'loso'\. Did you mean 'lozo'\? Known: lozo, lozo-m, mezo"):
+        get("loso")
+
+
+def test_the_resolved_configuration_says_all_that_it_means() -> None:
+    table = {
+        "output": "run",
+        "model": {"path": "model"},
+        "data": {"task": "sst2"},
+        "method": {"preset": "mezo-lora", "lr": 1e-3},
+    }
+    written = resolved(config.parse(table))
+    assert all(value is not None for value in written.method.model_dump().values())
+    assert resolve(written.method) == resolve(MethodConfig(preset="mezo-lora", lr=1e-3))
+    assert written.data.candidates is not None
