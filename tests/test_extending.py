@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from zotune.config import DataConfig
+from zotune.data.sources import Hub, locate
 from zotune.estimators import TwoPoint
 from zotune.optimizer import Optimizer
 from zotune.protocol import CLEAN
-from zotune.data.sources import Hub, locate
 from zotune.testing import conformance
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"

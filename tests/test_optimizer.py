@@ -149,3 +149,9 @@ def test_a_method_without_meaning_is_refused(values: dict[str, object], message:
 def test_the_scale_normalises_by_the_rank() -> None:
     assert Method(rank=4).scale == 1.0
     assert Method(rank=4, normalised=True).scale == 0.5
+
+
+def test_a_coefficient_beyond_float32_is_no_estimate():
+    optimizer = Optimizer(Method(eps=1e-3), steps=10)
+    with pytest.raises(NonFiniteLossError, match="beyond float32"):
+        optimizer.tell(optimizer.ask(0), [3e36, -3e36])

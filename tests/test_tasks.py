@@ -3,8 +3,8 @@ import pytest
 from zotune.config import DataConfig
 from zotune.data.forms import Classification, form
 from zotune.data.sources import Hub, locate
-from zotune.tasks import TASKS
 from zotune.data.templates import Template
+from zotune.tasks import TASKS
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -115,7 +115,7 @@ def fetch(cache: Path | None = None, notice: Notice = lambda text: None) -> Asse
     return Assets(model, reviews / "train.jsonl", reviews / "validation.jsonl")
 
 
-def config(assets: Assets, output: Path, steps: int = 120) -> Config:
+def config(assets: Assets, output: Path, steps: int = 150) -> Config:
     """The demonstration's configuration: tell good reviews from bad ones by the word that follows."""
     return Config(
         output=str(output),
@@ -127,8 +127,8 @@ def config(assets: Assets, output: Path, steps: int = 120) -> Config:
             candidates=[" terrible", " great"],
             label="label",
         ),
-        method=MethodConfig(preset="lozo", scope="all"),
-        train=TrainConfig(steps=steps, eval_every=max(1, steps // 4)),
+        method=MethodConfig(preset="lozo", scope="all", lr=6e-5, schedule="linear"),
+        train=TrainConfig(steps=steps, eval_every=max(1, steps // 2)),
     )
 
 

@@ -6,6 +6,7 @@ at once and synced to disk at least once a second while records come.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -70,73 +71,126 @@ class Entry:
 
 
 class Journal:
-    """An open journal: what it held when it was opened, and a place to append.
+    """A journal: what it held when it was read, and a place to append.
+
+    The file is opened for writing, and a torn last line cut off, by `claim`; until then nothing in it changes.
 
     Attributes:
         header: The first line.
         entries: All steps so far, in order; ``entries[i].step == i``.
-        dropped: Whether a torn last line was cut off on opening.
+        dropped: Whether the last line was torn, so that it does not count.
     """
 
-    def __init__(self, path: Path, header: Header, entries: list[Entry], dropped: bool) -> None:
-        self.path, self.header, self.entries, self.dropped = path, header, entries, dropped
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    def __init__(self, path: Path, header: Header, entries: list[Entry], sound: int, size: int) -> None:
+        self.path, self.header, self.entries, self.dropped = path, header, entries, sound < size
+        self._sound, self._size = sound, size
+        self._file: int | None = None
         self._synced = time.monotonic()
 
     @classmethod
     def create(cls, path: Path, header: Header) -> Journal:
-        """A new journal with this header.
+        """A new journal with this header, claimed and on disk.
 
         Raises:
             FileExistsError: There is one.
         """
+        line = _line(asdict(header))
         with path.open("xb") as file:
-            file.write(_line(asdict(header)))
-            file.flush()
-            os.fsync(file.fileno())
-        return cls(path, header, [], dropped=False)
+            file.write(line)
+        journal = cls(path, header, [], len(line), len(line))
+        journal.claim()
+        journal.sync()
+        return journal
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Read a journal and make it ready for more; a torn last line is cut off.
+        """Read a journal; a torn last line does not count.
 
         Raises:
             JournalError: It cannot be read, is of another version, or a line before the last is damaged.
         """
-        header, entries, size = read(path)
-        dropped = path.stat().st_size > size
-        if dropped:
-            os.truncate(path, size)
-        return cls(path, header, entries, dropped)
+        return cls(path, *read(path))
+
+    def claim(self) -> None:
+        """Open the file to append to it, as the only one who does.
+
+        Raises:
+            JournalError: Another process writes to it, or has since it was read.
+        """
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise JournalError(f"another process is training in {self.path.parent}; wait for it or stop it") from None
+        except OSError:
+            # Some network file systems have no locks; what follows still finds a journal that grew.
+            pass
+        if os.fstat(file).st_size != self._size:
+            os.close(file)
+            raise JournalError(f"{self.path} has changed since it was read, so another process is training there")
+        os.truncate(file, self._sound)
+        self._file = file
+
+    def require(self, header: Header) -> None:
+        """Make sure that a run as ``header`` says may go on with this journal.
+
+        The number of steps may differ where the schedule is constant, since no update depends on it then.
+
+        Raises:
+            JournalError: They differ; the message says in what.
+        """
+        began, now = _fields(self.header), _fields(header)
+        for field in now:
+            if began.get(field) != now[field]:
+                raise JournalError(
+                    f"{self.path.parent} cannot go on: its {field} is not what it began with "
+                    f"(journal: {began.get(field)!r}, now: {now[field]!r})"
+                )
 
     def append(self, entry: Entry) -> None:
         """Hand one record to the operating system, and to the disk if the last time is a second ago.
 
         Raises:
             ValueError: The entry is not the next step.
+            JournalError: It cannot be written, for example because the disk is full.
         """
         if entry.step != len(self.entries):
             raise ValueError(f"got the entry of step {entry.step}, but the next step is {len(self.entries)}")
         record = asdict(entry)
         record["losses"] = [loss if math.isfinite(loss) else None for loss in entry.losses]
-        os.write(self._file, _line(record))
+        line = _line(record)
+        try:
+            written = os.write(self._descriptor(), line)
+        except OSError as error:
+            raise JournalError(f"cannot write to {self.path}: {error.strerror}") from error
+        if written < len(line):
+            raise JournalError(f"{self.path} could take only {written} of {len(line)} bytes; is the disk full?")
         self.entries.append(entry)
         if time.monotonic() - self._synced >= _SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
         """Return when all records are on disk."""
-        os.fsync(self._file)
+        os.fsync(self._descriptor())
         self._synced = time.monotonic()
 
     def close(self) -> None:
         """Sync and let the file go."""
         self.sync()
-        os.close(self._file)
+        os.close(self._descriptor())
+        self._file = None
+
+    def _descriptor(self) -> int:
+        if self._file is None:
+            raise ValueError(f"{self.path} is not open for writing; claim it first")
+        return self._file
 
 
-def read(path: Path) -> tuple[Header, list[Entry], int]:
-    """Header, entries and the length in bytes of the sound part of a journal; only a torn last line is passed over.
+def read(path: Path) -> tuple[Header, list[Entry], int, int]:
+    """Header and entries of a journal, and the lengths in bytes of its sound part and of all of it.
+
+    Only a torn last line is passed over.
 
     Raises:
         JournalError: See `Journal.open`.
@@ -154,14 +208,26 @@ def read(path: Path) -> tuple[Header, list[Entry], int]:
             f"{path}: line {bad} of {len(lines)} is damaged; the {max(0, bad - 2)} steps before it can be trusted"
         )
     first, *rest = (record for record in records if record is not None)
+    if first.get("version") != VERSION:
+        raise JournalError(
+            f"{path} is a journal of version {first.get('version')!r}; this zotune reads version {VERSION}"
+        )
     header = _build(path, 1, Header, first)
-    if header.version != VERSION:
-        raise JournalError(f"{path} is a journal of version {header.version}; this zotune reads version {VERSION}")
     entries = [_build(path, number, _entry, record) for number, record in enumerate(rest, start=2)]
     for number, entry in enumerate(entries):
         if entry.step != number:
             raise JournalError(f"{path}: line {number + 2} is step {entry.step}, but step {number} is due")
-    return header, entries, sum(len(line) for line in lines[: len(records)])
+    lengths = [len(line) for line in lines]
+    return header, entries, sum(lengths[: len(records)]), sum(lengths)
+
+
+def _fields(header: Header) -> dict[str, Any]:
+    """What must match for a run to go on, by name."""
+    values = asdict(header)
+    method = values.pop("method")
+    if method.get("schedule") == "constant":
+        del values["steps"]
+    return {**{f"method.{name}": value for name, value in method.items()}, **values}
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -16,7 +16,8 @@ class Site:
         name: Its canonical Hugging Face name, e.g. ``model.layers.0.self_attn.q_proj.weight``.
         shape: ``(out, in)`` for a matrix, whatever way round the checkpoint stores it; ``(n,)`` for a vector.
             An embedding is ``(vocabulary, width)``.
-        decays: Whether weight decay applies (false for biases and norms).
+        decays: Whether weight decay applies: by its name, as in the official code of MeZO and LOZO, it does not to
+            biases and to what is called layer norm.
     """
 
     name: str

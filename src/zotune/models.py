@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,30 @@ def load(config: ModelConfig) -> tuple[Any, Any]:
     """The model, in evaluation mode on its device, and its tokenizer.
 
     Raises:
-        ModelError: There is no such model, its files cannot be read, or the device is not there.
+        ModelError: There is no such model, its files cannot be read or lack weights, or the device is not there.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = _device(config.device)
-    _check_folder(config.path)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    path = _folder_or_id(config.path)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(config.path, dtype=_dtype(config.dtype, device), **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        options |= {"dtype": _dtype(config.dtype, device), "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    # What is raised depends on the versions of several libraries below, and all of it means the same to the user.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"cannot load the model {config.path!r}: {reason} "
+            f"cannot load the model {config.path!r}: {reason.rstrip('.')}. "
             "Give a folder with config.json, weights and tokenizer, or the id of a model on the hub."
         ) from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"the model {config.path!r} lacks {len(missing)} of its weights, among them {missing[0]}. transformers "
+            "would fill them with random numbers; give a complete checkpoint of a causal language model."
+        )
     return model.to(device).eval(), tokenizer
 
 
@@ -61,10 +69,15 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _check_folder(path: str) -> None:
+def _folder_or_id(path: str) -> str:
+    """What transformers is to load: an existing folder's path, or a hub id as it is."""
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir():
-        raise ModelError(f"the model folder {path!r} does not exist")
+        beside = [each.name for each in folder.parent.glob("*") if each.is_dir()]
+        close = difflib.get_close_matches(folder.name, beside, n=1, cutoff=0.5)
+        hint = f" Did you mean {str(folder.parent / close[0])!r}?" if close else ""
+        raise ModelError(f"the model folder {path!r} does not exist.{hint}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"the model folder {path!r} has no config.json, so it is not a Hugging Face checkpoint")
+    return str(folder) if folder.is_dir() else path

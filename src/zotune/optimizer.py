@@ -12,6 +12,9 @@ from zotune.estimators import ESTIMATORS
 from zotune.protocol import DirectionKey, Proposal, Update
 from zotune.schedules import factor
 
+_LARGEST = (2 - 2**-23) * 2.0**127
+"""The largest float32, in which runtimes hold what coefficients multiply."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -29,7 +32,7 @@ class Method:
         eps: Distance of a probe from the clean model.
         lr: Learning rate, in the convention of LOZO's official code (``B -= lr * c * U``).
         momentum: Beta of LOZO-M; 0 for plain SGD (low-rank).
-        weight_decay: Decoupled: ``W -= lr * weight_decay * W``, biases and norms excepted.
+        weight_decay: Decoupled: ``W -= lr * weight_decay * W`` where `zotune.layout.Site.decays`.
         schedule: ``constant``, ``linear`` or ``cosine``, after ``warmup_steps`` of linear rise.
         warmup_steps: See ``schedule``.
         lora_rank: Tune freshly added LoRA matrices of this rank on the query and value projections instead of the
@@ -96,7 +99,8 @@ class Optimizer:
 
         Raises:
             ValueError: The proposal is not one of this optimizer's, or the number of losses is not that of its probes.
-            NonFiniteLossError: A loss is NaN or infinite; `skip` gives the update that leaves the weights alone.
+            NonFiniteLossError: A loss is NaN or infinite, or a coefficient is beyond float32; `skip` gives the update
+                that leaves the weights alone.
         """
         if proposal != self.ask(proposal.step):
             raise ValueError(f"the proposal of step {proposal.step} was not asked from this optimizer")
@@ -105,6 +109,8 @@ class Optimizer:
         if not all(math.isfinite(loss) for loss in losses):
             raise NonFiniteLossError(f"step {proposal.step}: losses {[float(loss) for loss in losses]}")
         coefficients = ESTIMATORS[self.method.estimator].coefficients([float(x) for x in losses], self.method.eps)
+        if any(abs(coefficient) > _LARGEST for coefficient in coefficients):
+            raise NonFiniteLossError(f"step {proposal.step}: coefficients {coefficients} are beyond float32")
         return self.update(proposal.step, coefficients)
 
     def skip(self, proposal: Proposal) -> Update:

@@ -11,6 +11,7 @@ curves.png       loss and accuracy
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.config import Config, dump, load
-from zotune.errors import JournalError, RunExistsError
+from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Metrics
 
 _PACKAGES = ("zotune", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -30,7 +31,7 @@ class RunDirectory:
     """The paths of a run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = path.expanduser()
         self.config = path / "config.toml"
         self.journal = path / "journal.jsonl"
         self.metrics = path / "metrics.jsonl"
@@ -42,10 +43,14 @@ class RunDirectory:
 
         Raises:
             RunExistsError: It exists.
+            ConfigError: It cannot be made.
         """
         run = cls(Path(config.output))
         run.refuse_existing()
-        run.path.mkdir(parents=True)
+        try:
+            run.path.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"output: cannot make the run directory {run.path}: {error.strerror}") from error
         run.write_config(config)
         (run.path / "manifest.json").write_text(json.dumps(manifest(), indent=2) + "\n")
         return run
@@ -75,10 +80,18 @@ class RunDirectory:
         draft.write_text(dump(config), encoding="utf-8")
         os.replace(draft, self.config)
 
-    def add_metrics(self, record: dict[str, Any]) -> None:
-        """Append one line to the metrics."""
+    def reopen(self, config: Config) -> None:
+        """Make ready for more steps: another configuration, and metrics without the torn line of a killed process."""
+        self.write_config(config)
+        if self.metrics.is_file():
+            os.truncate(self.metrics, self.metrics.read_bytes().rfind(b"\n") + 1)
+
+    def add_metrics(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Append one line to the metrics and return it as written, with null for what is not finite."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        return clean
 
     def evaluations(self) -> dict[int, Metrics]:
         """The evaluations recorded so far, by finished steps."""
@@ -90,7 +103,8 @@ class RunDirectory:
                 except ValueError:
                     continue
                 if record["kind"] == "eval":
-                    found[record["step"]] = Metrics(record["loss"], record["accuracy"], record["examples"])
+                    loss = math.nan if record["loss"] is None else record["loss"]
+                    found[record["step"]] = Metrics(loss, record["accuracy"], record["examples"])
         return found
 
 
@@ -98,20 +112,35 @@ def manifest() -> dict[str, Any]:
     """Versions, hardware and command line of this process."""
     import torch
 
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
     return {
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {package: installed(package) for package in _PACKAGES},
-        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "versions": versions(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a result depends on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

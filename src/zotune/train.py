@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from zotune import checkpoint, models
 from zotune.config import Config
@@ -19,7 +20,7 @@ from zotune.evaluate import Metrics, evaluate
 from zotune.journal import Entry, Header, Journal
 from zotune.optimizer import Optimizer
 from zotune.presets import resolve, resolved
-from zotune.progress import Reporter
+from zotune.progress import Reporter, TerminalReporter
 from zotune.rows import Example
 from zotune.run import RunDirectory
 from zotune.runtimes.base import Runtime
@@ -124,8 +125,12 @@ class Session:
             self.runtime.apply(self.optimizer.update(entry.step, entry.coefficients))
 
 
-def start(config: Config, reporter: Reporter) -> Summary:
+def start(config: Config, reporter: Reporter | None = None) -> Summary:
     """Train from the beginning in a new run directory.
+
+    Args:
+        config: What to do.
+        reporter: Who is told; without one, progress is printed.
 
     Raises:
         RunExistsError: The directory is there; nothing in it is touched.
@@ -137,15 +142,15 @@ def start(config: Config, reporter: Reporter) -> Summary:
     session = Session.build(config)
     run = RunDirectory.create(config)
     journal = Journal.create(run.journal, session.header())
-    return _train(session, run, journal, reporter)
+    return _train(session, run, journal, reporter or TerminalReporter(Console()))
 
 
-def resume(path: Path, reporter: Reporter, steps: int | None = None) -> Summary:
+def resume(path: Path, reporter: Reporter | None = None, steps: int | None = None) -> Summary:
     """Go on with a run from its newest checkpoint and its journal, to the same bits as if it had never stopped.
 
     Args:
         path: The run directory.
-        reporter: Who is told.
+        reporter: Who is told; without one, progress is printed.
         steps: New total number of steps; only where the schedule is constant, since another length would change it.
 
     Raises:
@@ -160,7 +165,11 @@ def resume(path: Path, reporter: Reporter, steps: int | None = None) -> Summary:
             )
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
     session, journal = restore(run, config)
-    run.write_config(config)
+    if len(journal.entries) > config.train.steps:
+        raise ConfigError(f"{path} has {len(journal.entries)} steps already, more than {config.train.steps}")
+    journal.claim()
+    run.reopen(config)
+    reporter = reporter or TerminalReporter(Console())
     if journal.dropped:
         reporter.notice("the last record of the journal was torn and has been dropped; its step runs again")
     return _train(session, run, journal, reporter)
@@ -173,14 +182,7 @@ def restore(run: RunDirectory, config: Config) -> tuple[Session, Journal]:
         JournalError: See `resume`.
     """
     session, journal = Session.build(config), Journal.open(run.journal)
-    theirs = asdict(replace(journal.header, steps=session.optimizer.steps))
-    ours = asdict(session.header())
-    for field, value in ours.items():
-        if theirs[field] != value:
-            raise JournalError(
-                f"{run.path} cannot go on: its {field} is not what it began with "
-                f"(journal: {theirs[field]!r}, now: {value!r})"
-            )
+    journal.require(session.header())
     saved = checkpoint.newest(run.checkpoints)
     done = 0
     if saved is not None and saved[0] <= len(journal.entries):
@@ -192,8 +194,7 @@ def restore(run: RunDirectory, config: Config) -> tuple[Session, Journal]:
 
 def evaluate_run(path: Path) -> Metrics:
     """Evaluate a run's weights, after its last step, on its validation rows; errors as for `resume`."""
-    session, journal = restore(*RunDirectory.open(path))
-    journal.close()
+    session, _ = restore(*RunDirectory.open(path))
     return evaluate(session.runtime, session.data.validation, session.data.objective)
 
 
@@ -233,8 +234,7 @@ def _evaluate(session: Session, run: RunDirectory, done: int, reporter: Reporter
     began = time.perf_counter()
     metrics = evaluate(session.runtime, session.data.validation, session.data.objective)
     record = {"kind": "eval", "step": done, **asdict(metrics), "seconds": round(time.perf_counter() - began, 3)}
-    run.add_metrics(record)
-    reporter.evaluation(record)
+    reporter.evaluation(run.add_metrics(record))
 
 
 def _record_step(session: Session, run: RunDirectory, entry: Entry, seconds: float, reporter: Reporter) -> None:
@@ -249,8 +249,7 @@ def _record_step(session: Session, run: RunDirectory, entry: Entry, seconds: flo
         "rows_per_s": round(session.order.batch_size / seconds, 2),
         "skipped": skipped,
     }
-    run.add_metrics(record)
-    reporter.step(record)
+    reporter.step(run.add_metrics(record))
 
 
 def _save(session: Session, run: RunDirectory, journal: Journal) -> None:

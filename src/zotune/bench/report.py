@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from zotune.bench.memory import MemoryReport
+from zotune.run import cpu_name, versions
 
 
 @dataclass(frozen=True)
@@ -124,25 +121,3 @@ class StepReport:
             table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / total:.1%}")
         console.print(table)
         console.print(f"{self.repeats} steps each in turn, {self.threads} CPU threads, {self.device}, {cpu_name()}")
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("zotune", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -48,7 +48,7 @@ def step(
     *,
     model: str | None = None,
     data: Path | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     baseline_dtype: str | None = None,
     batch_size: int = 16,
     rank: int = 2,
@@ -64,7 +64,8 @@ def step(
         model: Hub id or folder of a causal language model; default: the demonstration's.
         data: Folder with ``train`` and ``validation`` rows of SST-2 as ``.jsonl.gz`` or ``.jsonl``; default: the
             demonstration's reviews.
-        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        dtype: ``bfloat16``, ``float16`` or ``float32``; ``auto``: bfloat16 where the device multiplies it natively,
+            else float32.
         baseline_dtype: The same for the official procedure; default: ``dtype``.
         batch_size: Examples per step.
         rank: Columns of U and V.
@@ -79,6 +80,10 @@ def step(
         DataError: The folder has no such rows.
         ModelError: The model cannot be loaded or tuned in this scope.
     """
+    if dtype == "auto":
+        dtype = str(product_dtype(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")).removeprefix(
+            "torch."
+        )
     baseline_dtype = baseline_dtype or dtype
     _check(dtype, baseline_dtype, scope, [batch_size, rank, directions, repeats, threads or 1])
     method = method_of(scope, rank, directions)

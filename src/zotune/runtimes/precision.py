@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -22,5 +23,6 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
-    can = torch.cpu.get_capabilities()
+    # An older PyTorch cannot tell; float32 is then slower at worst, never wrong.
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return dtype if any(can.get(name) for name in _NATIVE[dtype]) else torch.float32

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from zotune.errors import DataError
 from zotune.rows import Example
 
-_UNDECAYED = ("bias", "layer_norm", "layernorm")
+UNDECAYED = ("bias", "layer_norm", "layernorm")
+"""Parts of parameter names that the official code does not decay."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class OfficialMezo:
     def _update(self, seed: int) -> None:
         for name, parameter, direction in self._directions(seed, updating=True):
             change = self.projected_gradient * direction
-            if self.weight_decay and not any(part in name for part in _UNDECAYED):
+            if self.weight_decay and not any(part in name for part in UNDECAYED):
                 change += self.weight_decay * parameter
             parameter.sub_(change, alpha=self.lr)
 

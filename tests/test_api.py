@@ -1,0 +1,49 @@
+"""The public names of zotune."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import zotune
+
+
+def test_importing_zotune_loads_nothing_heavy() -> None:
+    script = """
+import sys, zotune
+dir(zotune), zotune.ZotuneError, zotune.parse_config
+print(*sorted({"torch", "transformers", "numpy", "matplotlib"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", zotune.__all__)
+def test_every_public_name_is_what_it_says_and_documented(name: str) -> None:
+    # Once a submodule is imported it hides a public name that is spelt the same.
+    for module in pkgutil.iter_modules(zotune.__path__):
+        if module.name != "testing":
+            importlib.import_module(f"zotune.{module.name}")
+    found = getattr(zotune, name)
+    assert not inspect.ismodule(found)
+    assert name == "PRESETS" or (inspect.getdoc(found) and found.__module__.startswith("zotune."))
+
+
+def test_the_names_are_listed_and_others_are_refused() -> None:
+    assert dir(zotune) == sorted(zotune.__all__)
+    assert len(set(zotune.__all__)) == len(zotune.__all__)
+    with pytest.raises(AttributeError, match="module 'zotune' has no attribute 'no_such_name'"):
+        _ = zotune.no_such_name
+
+
+def test_one_except_clause_catches_every_mistake() -> None:
+    from zotune import errors
+
+    raised = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
+    assert len(raised) > 5
+    assert all(issubclass(kind, zotune.ZotuneError) for kind in raised)

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from tiny_runs import Recorder, assert_same, contents, saved
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import zotune
+from zotune import cli, config
+from zotune.config import Config
+from zotune.errors import ConfigError, JournalError, ModelError, RunExistsError
+from zotune.evaluate import Metrics
+from zotune.journal import Journal
+from zotune.run import RunDirectory
+
+Configure = Callable[..., Config]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Path, Path]) -> Configure:
+    return partial(tiny_runs.configure, tmp_path, tiny_model_folder, sentiment_files)
+
+
+@pytest.fixture
+def run(configure: Configure, tmp_path: Path) -> Path:
+    """A finished run of six steps with checkpoints after four and six."""
+    zotune.start(configure(train={"steps": 6, "checkpoint_every": 4}, method={"interval": 3}), Recorder())
+    return tmp_path / "run"
+
+
+def test_a_run_is_a_directory_of_plain_files(run: Path) -> None:
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.toml",
+        "journal.jsonl",
+        "manifest.json",
+        "metrics.jsonl",
+    ]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["command"] == sys.argv
+    assert manifest["versions"]["python"] == platform.python_version()
+    assert {"started", "platform", "cpu", "cores", "threads", "gpus"} <= manifest.keys()
+
+
+def test_the_configuration_of_a_run_says_what_its_preset_meant(run: Path) -> None:
+    method = config.load(run / "config.toml").method
+    assert (method.preset, method.lr, method.interval) == ("lozo", 1e-3, 3)
+    assert (method.rank, method.eps, method.schedule, method.momentum) == (2, 1e-3, "constant", 0)
+
+
+def test_a_task_is_written_out(configure: Configure, tmp_path: Path) -> None:
+    keys = {"task": "sst2", "prompt": None, "candidates": None, "label": None}
+    rows = configure().data
+    for name in (rows.train, rows.validation):
+        Path(str(name)).write_text(Path(str(name)).read_text().replace('"text"', '"sentence"'))
+    zotune.start(configure(data=keys, train={"steps": 1}), Recorder())
+    data = config.load(tmp_path / "run" / "config.toml").data
+    assert (data.task, data.prompt, data.candidates) == ("sst2", "{sentence} It was", [" terrible", " great"])
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+MISTAKES: dict[str, tuple[str, str]] = {
+    "field": ('data.prompt="{txet}"', "unknown field 'txet'. Did you mean 'text'?"),
+    "label field": ('data.label="lable"', "unknown field 'lable'. Did you mean 'label'?"),
+    "candidate without tokens": ('data.candidates=["  ", " great"]', "adds no tokens to the prompt"),
+    "candidates alike": ('data.candidates=[" amazing", " awful"]', "have the same tokens"),
+    "one candidate": ('data.candidates=[" great"]', "classification needs at least 2"),
+    "no rows": ('data.train="TMP/empty.jsonl"', "empty.jsonl has no rows"),
+    "one class": ('data.train="TMP/one.jsonl"', "all 2 training rows have the class 'great'"),
+    "bad label": ('data.train="TMP/label.jsonl"', "the label is 7; allowed are the numbers 0 to 1"),
+    "no file": ('data.train="TMP/none.jsonl"', "none.jsonl does not exist"),
+    "context": ("data.max_length=65", "65 is more than the model's context of 64 tokens"),
+    "device": ('model.device="gpu"', "device 'gpu' is not there"),
+    "momentum": ('method={preset="mezo", momentum=0.9}', "momentum = 0.9 needs low-rank directions"),
+    "preset": ('method.preset="lozzo"', "unknown preset 'lozzo'. Did you mean 'lozo'?"),
+    "task": ('data.task="sst"', "unknown task 'sst'. Did you mean 'sst2'?"),
+    "key": ("train.batchsize=3", "unknown key 'train.batchsize'. Did you mean 'train.batch_size'?"),
+    "output below a file": ('output="TMP/one.jsonl/run"', "cannot make the run directory"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda name: name.replace(" ", "-"))
+def test_a_mistake_is_one_line_and_leaves_no_run(configure: Configure, tmp_path: Path, mistake: str) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    write(tmp_path / "one.jsonl", {"text": "a film", "label": 1}, {"text": "the plot", "label": 1})
+    write(tmp_path / "label.jsonl", {"text": "a film", "label": 1}, {"text": "the plot", "label": 7})
+    file = tmp_path / "config.toml"
+    file.write_text(config.dump(configure()))
+    setting, expected = MISTAKES[mistake]
+    before = contents(tmp_path)
+    result = CliRunner().invoke(cli.app, ["run", str(file), "--set", setting.replace("TMP", str(tmp_path))])
+    assert result.exit_code == cli.USER_ERROR, result.output
+    # The bar is silenced by the environment, which a process reads once, when it first imports the libraries.
+    (line,) = [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
+    assert line.startswith("error: ")
+    assert expected in line
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_exists_is_refused_and_not_touched(run: Path, configure: Configure) -> None:
+    before = contents(run)
+    with pytest.raises(RunExistsError, match=f"{run} exists. Continue it with 'zotune resume {run}'"):
+        zotune.start(configure(train={"steps": 1}), Recorder())
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "file"])
+def test_whatever_is_at_the_output_is_refused(configure: Configure, tmp_path: Path, kind: str) -> None:
+    if kind == "file":
+        (tmp_path / "run").write_text("mine")
+    else:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(RunExistsError):
+        zotune.start(configure(), Recorder())
+    assert kind != "file" or (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_run_may_be_in_the_home_directory(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chosen = configure(train={"steps": 1}).model_copy(update={"output": "~/runs/a"})
+    assert zotune.start(chosen, Recorder()).path == tmp_path / "runs" / "a"
+    assert zotune.evaluate_run(Path("~/runs/a")).examples == 24
+
+
+def test_rows_that_were_cut_are_told(configure: Configure, tmp_path: Path) -> None:
+    long = {"text": "the film is " * 40 + "fine", "label": 1}
+    rows = write(tmp_path / "long.jsonl", long, {"text": "the film is dull", "label": 0}, long)
+    seen = Recorder()
+    zotune.start(configure(data={"train": rows}, train={"steps": 1}), seen)
+    assert "train: 2 of 3 prompts cut at the left, to fit 64 tokens" in seen.notices
+    assert "train: 3 rows, terrible 33.3 %, great 66.7 %" in seen.notices
+
+
+@pytest.mark.parametrize("missing", ["config.toml", "journal.jsonl", None])
+def test_what_is_no_run_cannot_go_on(run: Path, tmp_path: Path, missing: str | None) -> None:
+    path = run if missing else tmp_path / "nothing"
+    if missing:
+        (run / missing).unlink()
+    for act in (zotune.resume, zotune.evaluate_run):
+        with pytest.raises(JournalError, match=f"{path} is not a run directory"):
+            act(path)
+
+
+def test_a_run_on_other_rows_cannot_go_on(run: Path, configure: Configure) -> None:
+    path = Path(str(configure().data.train))
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text(first.replace('"label": 1', '"label": 0') if '"label": 1' in first else first.replace(": 0", ": 1"))
+    with path.open("a") as file:
+        file.writelines(others)
+    before = contents(run)
+    with pytest.raises(JournalError, match="cannot go on: its data is not what it began with"):
+        zotune.resume(run, Recorder(), steps=9)
+    assert contents(run) == before
+
+
+def test_a_run_on_another_model_cannot_go_on(configure: Configure, tmp_path: Path, tiny_model_folder: Path) -> None:
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    chosen = configure(model={"path": str(folder)}, train={"steps": 2})
+    zotune.start(chosen, Recorder())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
+    model.save_pretrained(folder)
+    with pytest.raises(JournalError, match="cannot go on: its model is not what it began with"):
+        zotune.resume(tmp_path / "run", Recorder(), steps=4)
+    shutil.rmtree(folder)
+    with pytest.raises(ModelError, match="does not exist"):
+        zotune.resume(tmp_path / "run", Recorder(), steps=4)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("method", "lr", 0.5),
+        ("method", "rank", 3),
+        ("method", "scope", "linear"),
+        ("train", "seed", 1),
+        ("train", "batch_size", 5),
+        ("runtime", "fold", "master"),
+        ("model", "dtype", "bfloat16"),
+    ],
+)
+def test_an_edited_configuration_cannot_go_on(run: Path, table: str, key: str, value: Any) -> None:
+    edited = config.load(run / "config.toml").model_dump()
+    edited[table][key] = value
+    (run / "config.toml").write_text(config.dump(config.parse(edited)))
+    with pytest.raises(JournalError, match=f"its .*{'model' if table == 'model' else key} is not what it began with"):
+        zotune.resume(run, Recorder())
+
+
+def test_a_longer_run_needs_a_constant_schedule(configure: Configure, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    zotune.start(configure(method={"schedule": "linear"}, train={"steps": 3}), Recorder())
+    before = contents(run)
+    with pytest.raises(ConfigError, match="--steps needs a constant schedule"):
+        zotune.resume(run, Recorder(), steps=5)
+    assert contents(run) == before
+    assert zotune.resume(run, Recorder(), steps=3).steps == 3
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace("steps = 3", "steps = 5"))
+    with pytest.raises(JournalError, match=r"its steps is not what it began with \(journal: 3, now: 5\)"):
+        zotune.resume(run, Recorder())
+
+
+def test_a_longer_run_is_one_of_that_length(run: Path, configure: Configure, tmp_path: Path) -> None:
+    summary = zotune.resume(run, Recorder(), steps=9)
+    assert summary.steps == 9
+    assert config.load(run / "config.toml").train.steps == 9
+    zotune.start(configure(output="whole", train={"steps": 9}, method={"interval": 3}), Recorder())
+    assert_same(saved(run), saved(tmp_path / "whole"))
+
+
+def test_a_run_does_not_become_shorter(run: Path) -> None:
+    before = contents(run)
+    with pytest.raises(ConfigError, match="has 6 steps already, more than 5"):
+        zotune.resume(run, Recorder(), steps=5)
+    assert contents(run) == before
+
+
+def test_a_torn_journal_goes_on_and_says_so(run: Path) -> None:
+    whole = (run / "journal.jsonl").read_bytes()
+    expected = saved(run)
+    (run / "journal.jsonl").write_bytes(whole[:-20])
+    shutil.rmtree(run / "checkpoints")
+    seen = Recorder()
+    zotune.resume(run, seen)
+    assert any("torn" in notice for notice in seen.notices)
+    assert (run / "journal.jsonl").read_bytes() == whole
+    assert_same(saved(run), expected)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(run: Path) -> None:
+    expected = saved(run)
+    newest = run / "checkpoints" / "step-00000006" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert_same(tiny_runs.restored(run), expected)
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    with pytest.raises(JournalError, match=r"all 1 checkpoints in .* are damaged"):
+        zotune.resume(run, Recorder())
+
+
+def test_evaluating_a_run_changes_nothing_and_gives_its_last_figures(run: Path) -> None:
+    with (run / "journal.jsonl").open("ab") as file:
+        file.write(b'{"step":6,"loss')
+    before = contents(run)
+    last = RunDirectory(run).evaluations()[6]
+    assert zotune.evaluate_run(run) == last
+    assert contents(run) == before
+
+
+def test_two_processes_do_not_train_in_one_run(run: Path) -> None:
+    other = Journal.open(run / "journal.jsonl")
+    other.claim()
+    before = contents(run)
+    with pytest.raises(JournalError, match=f"another process is training in {run}"):
+        zotune.resume(run, Recorder(), steps=9)
+    assert zotune.evaluate_run(run).examples == 24, "looking on is allowed"
+    assert contents(run) == before
+    other.close()
+    assert zotune.resume(run, Recorder(), steps=9).steps == 9
+
+
+def test_a_torn_line_of_the_metrics_is_cut_off(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert sorted(RunDirectory(run).evaluations()) == [0]
+    zotune.resume(run, Recorder())
+    assert sorted(RunDirectory(run).evaluations()) == [0, 6]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+    zotune.plot(run)
+
+
+def test_metrics_that_are_not_finite_are_null_and_come_back(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    record = {"kind": "eval", "step": 3, "loss": math.nan, "accuracy": 0.0, "examples": 5, "seconds": 0.1}
+    assert directory.add_metrics(record) == record | {"loss": None}
+    assert directory.add_metrics({"kind": "step", "step": 4, "loss": 0.5}) == {"kind": "step", "step": 4, "loss": 0.5}
+    assert "NaN" not in directory.metrics.read_text()
+    ((step, metrics),) = directory.evaluations().items()
+    assert step == 3
+    assert math.isnan(metrics.loss)
+    assert metrics == Metrics(metrics.loss, 0.0, 5)
