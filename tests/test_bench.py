@@ -52,7 +52,7 @@ def test_a_report_from_a_tiny_model(model: str, data: Path) -> None:
     assert line["tokens"] < line["baseline_tokens"] / 2
     assert set(line["phases"]) >= {"draw", "pack", "forward", "apply", "fold", "other"}
     assert all(seconds >= 0 for seconds in line["phases"].values())
-    assert set(line["versions"]) == {"python", "torch", "zotune", "transformers"}
+    assert set(line["versions"]) == {"python", "torch", "zotune", "transformers", "safetensors", "tokenizers", "numpy"}
     console = Console(record=True, width=120)
     report.render(console)
     text = console.export_text()
