@@ -4,7 +4,8 @@ from zotune import config
 from zotune.config import MethodConfig
 from zotune.errors import ConfigError
 from zotune.optimizer import Method, Optimizer
-from zotune.presets import PRESETS, Preset, get, resolve, resolved
+from zotune.presets import PRESETS, Preset, get, resolve
+from zotune.run import resolved
 
 METHODS_OF_ISSUE = {"lozo", "lozo-m", "mezo-factorized", "mezo", "mezo-lora"}
 

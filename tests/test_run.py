@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -299,3 +300,24 @@ def test_metrics_that_are_not_finite_are_null_and_come_back(tmp_path: Path) -> N
     assert step == 3
     assert math.isnan(metrics.loss)
     assert metrics == Metrics(metrics.loss, 0.0, 5)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        ("method", {"preset": "lozzo"}, "unknown preset 'lozzo'. Did you mean 'lozo'?"),
+        ("data", {"task": "sst-2"}, "unknown task 'sst-2'. Did you mean 'sst2'?"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_is_loaded_or_made(
+    tmp_path: Path, section: str, values: dict[str, str], expected: str
+) -> None:
+    table: dict[str, Any] = {
+        "output": str(tmp_path / "run"),
+        "model": {"path": "no/model"},
+        "data": {"train": "no.jsonl"},
+    }
+    table[section] = {**table.get(section, {}), **values}
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        zotune.start(zotune.parse_config(table))
+    assert not (tmp_path / "run").exists()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zotune.errors import ConfigError, unknown
 
@@ -49,15 +49,6 @@ class DataConfig(Section):
         default="tokenizer", description="first token: what the tokenizer prepends, none, or a token id"
     )
 
-    @field_validator("task")
-    @classmethod
-    def _task_exists(cls, name: str | None) -> str | None:
-        if name is None:
-            return None
-        from zotune.tasks import TASKS
-
-        return _known("task", name, TASKS)
-
 
 class MethodConfig(Section):
     """How to learn; what is left out comes from the preset."""
@@ -74,13 +65,6 @@ class MethodConfig(Section):
     weight_decay: float | None = Field(default=None, ge=0)
     schedule: Literal["constant", "linear", "cosine"] | None = None
     warmup_steps: int | None = Field(default=None, ge=0)
-
-    @field_validator("preset")
-    @classmethod
-    def _preset_exists(cls, name: str) -> str:
-        from zotune.presets import PRESETS
-
-        return _known("preset", name, PRESETS)
 
 
 class TrainConfig(Section):
@@ -165,13 +149,6 @@ def _assign(table: dict[str, Any], assignment: str) -> None:
         table[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         table[key] = text.strip()
-
-
-def _known(kind: str, name: str, allowed: Iterable[str]) -> str:
-    names = list(allowed)
-    if name not in names:
-        raise ValueError(unknown(kind, name, names))
-    return name
 
 
 def _explain(problem: Any) -> str:

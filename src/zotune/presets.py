@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from zotune.config import Config, MethodConfig
+from zotune.config import MethodConfig
 from zotune.errors import ConfigError, unknown
 from zotune.optimizer import Method
 
@@ -99,26 +98,3 @@ def resolve(config: MethodConfig) -> Method:
     """
     chosen = config.model_dump(exclude={"preset"}, exclude_none=True)
     return replace(get(config.preset).method, **chosen)
-
-
-def resolved(config: Config) -> Config:
-    """The configuration with the values of its preset and its task written out, and paths that hold from anywhere."""
-    from zotune.tasks import TASKS
-
-    method = resolve(config.method)
-    values = {name: getattr(method, name) for name in MethodConfig.model_fields if name != "preset"}
-    data = config.data if config.data.task is None else TASKS[config.data.task].complete(config.data)
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
-            "data": data.model_copy(update={"train": _absolute(data.train), "validation": _absolute(data.validation)}),
-            "method": config.method.model_copy(update=values),
-        }
-    )
-
-
-def _absolute(source: str | None) -> str | None:
-    """A path that exists as an absolute one; a hub id as it is."""
-    if source is None or not Path(source).expanduser().exists():
-        return source
-    return str(Path(source).expanduser().resolve())

@@ -20,9 +20,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from zotune.config import Config, dump, load
+from zotune import tasks
+from zotune.config import Config, MethodConfig, dump, load
 from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Metrics
+from zotune.presets import resolve
 
 _PACKAGES = ("zotune", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
@@ -144,3 +146,24 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with the values of its preset and its task written out, and paths that hold from anywhere."""
+    method = resolve(config.method)
+    values = {name: getattr(method, name) for name in MethodConfig.model_fields if name != "preset"}
+    data = config.data if config.data.task is None else tasks.get(config.data.task).complete(config.data)
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
+            "data": data.model_copy(update={"train": _absolute(data.train), "validation": _absolute(data.validation)}),
+            "method": config.method.model_copy(update=values),
+        }
+    )
+
+
+def _absolute(source: str | None) -> str | None:
+    """A path that exists as an absolute one; a hub id as it is."""
+    if source is None or not Path(source).expanduser().exists():
+        return source
+    return str(Path(source).expanduser().resolve())

@@ -19,10 +19,10 @@ from zotune.errors import ConfigError, DivergedError, JournalError, NonFiniteLos
 from zotune.evaluate import Metrics, evaluate
 from zotune.journal import Entry, Header, Journal
 from zotune.optimizer import Optimizer
-from zotune.presets import resolve, resolved
+from zotune.presets import resolve
 from zotune.progress import Reporter, TerminalReporter
 from zotune.rows import Example
-from zotune.run import RunDirectory
+from zotune.run import RunDirectory, resolved
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.embedded import EmbeddedRuntime
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zotune import tasks
 from zotune.config import DataConfig
 from zotune.data.encode import Encoded, Encoder
 from zotune.data.forms import Numbered, form
@@ -16,7 +17,6 @@ from zotune.data.templates import Record
 from zotune.errors import ConfigError, DataError
 from zotune.objectives import Objective
 from zotune.rows import Example
-from zotune.tasks import TASKS
 from zotune.tasks.base import as_read
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -
         ConfigError: ``max_length`` or ``split_seed`` is out of range.
         DataError: A source, a template, a label or a row cannot be used as asked.
     """
-    task = TASKS[config.task] if config.task is not None else None
+    task = tasks.get(config.task) if config.task is not None else None
     if task is not None:
         config = task.complete(config)
     problem = form(config)
