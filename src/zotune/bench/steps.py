@@ -125,6 +125,13 @@ def step(
     return report
 
 
+def _resolved(dtype: str) -> str:
+    """The dtype that ``auto`` stands for on this machine; any other name as it is."""
+    if dtype != "auto":
+        return dtype
+    return str(product_dtype(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
+
+
 def method_of(scope: str, rank: int, directions: int) -> Method:
     """The preset ``lozo`` with these values."""
     known = cast("Literal['linear', 'all']", scope)
@@ -156,7 +163,7 @@ def _split(folder: Path, split: str) -> Path:
 def _check(dtype: str, baseline_dtype: str, scope: str, counts: Sequence[int]) -> None:
     for name in (dtype, baseline_dtype):
         if name not in _DTYPES:
-            raise ConfigError(unknown("dtype", name, _DTYPES))
+            raise ConfigError(unknown("dtype", name, (*_DTYPES, "auto")))
     if scope not in _SCOPES:
         raise ConfigError(unknown("scope", scope, _SCOPES))
     if min(counts) < 1:
