@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,14 @@ def sentiment_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     train.write_text("".join(json.dumps(row) + "\n" for row in rows[:48]))
     validation.write_text("".join(json.dumps(row) + "\n" for row in rows[48:72]))
     return train, validation
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On tiny models a second thread only waits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

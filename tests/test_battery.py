@@ -3,19 +3,12 @@
 from typing import Any
 
 import pytest
-import torch
 
 from zotune.presets import PRESETS
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.testing import battery
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("check", battery.CHECKS, ids=lambda check: check.__name__)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from zotune.optimizer import Method
 from zotune.protocol import Update
@@ -17,12 +16,7 @@ from zotune.testing.reference import OracleRuntime
 Check = Callable[[Case], None]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def oracle(model: Any, method: Method, *, seed: int = 0, max_tokens: int = 16384) -> OracleRuntime:

@@ -15,7 +15,7 @@ from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe
 from zotune.runtimes import modules
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.lowrank import Vector
+from zotune.runtimes.mixture import Vector
 from zotune.runtimes.modules import Shape, TunedNorm, find_sites
 from zotune.testing import tiny
 from zotune.testing.oracle import DenseOracle

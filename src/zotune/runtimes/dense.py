@@ -18,7 +18,7 @@ from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.folding import Fold
-from zotune.runtimes.lowrank import Lookup, Vector, mixture
+from zotune.runtimes.mixture import Lookup, Mixture, Vector
 from zotune.updates import combine
 
 Draw = Callable[[], Tensor]
@@ -29,10 +29,10 @@ class DenseMatrix:
 
     keep = 1.0
 
-    def probe(self, directions: Sequence[Draw], mix: Tensor) -> None:
-        """Take how to draw this step's directions, and how the blocks mix them, ``(blocks, 1 + directions)``."""
+    def probe(self, directions: Sequence[Draw], mix: Mixture) -> None:
+        """Take how to draw this step's directions, and how the blocks mix them."""
         self._directions = directions
-        self._mix = mix.tolist()
+        self._mix = mix.weights.tolist()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """``x_k W_k^T + bias`` of every block; arguments as in `LowRankMatrix.linear`."""
@@ -86,7 +86,7 @@ class DenseSpace:
             ValueError: A probe is not of the current step.
         """
         keys = list(dict.fromkeys(probe.key for probe in probes if probe.key is not None))
-        mix = mixture(probes, keys, self.device)
+        mix = Mixture.of(probes, keys, self.device)
         for site, state in self.sites.items():
             draws = [self._draw(key, site) for key in keys]
             if isinstance(state, Vector):

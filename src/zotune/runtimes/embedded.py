@@ -132,9 +132,11 @@ class EmbeddedRuntime:
 
     def state(self) -> dict[str, Tensor]:
         """Tuned weights as last folded, accumulated update and rule state, as CPU tensors."""
-        tensors = {f"weight/{site.name}": weight for site, weight in self._weights.items()}
-        tensors |= self.space.state() | self._fold.state()
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weights = {f"weight/{site.name}": weight for site, weight in self._weights.items()}
+        return weights | self.space.state() | self._fold.state()
 
     @torch.inference_mode()
     def load_state(self, state: Mapping[str, Tensor], window: int) -> None:
@@ -143,7 +145,7 @@ class EmbeddedRuntime:
         Raises:
             JournalError: The tensors are not those of this layout and method.
         """
-        expected = {name: tensor.shape for name, tensor in self.state().items()}
+        expected = {name: tensor.shape for name, tensor in self._tensors().items()}
         if expected != {name: tensor.shape for name, tensor in state.items()}:
             odd = sorted(set(expected) ^ set(state)) or [n for n in expected if expected[n] != state[n].shape]
             raise JournalError(f"the saved state does not fit this model and method: {odd[0]!r} differs")

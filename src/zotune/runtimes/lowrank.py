@@ -15,7 +15,7 @@ vectors (biases, norm gains) see ``b + sum_j mix[k, j] phi_j``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,8 @@ from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.folding import Fold
+from zotune.runtimes.mixture import Lookup, Mixture, Vector
 from zotune.updates import Momentum, Rule, Sgd, combine
-
-Lookup = Callable[[Tensor], Tensor]
-"""A module's own embedding with another table ``(vocabulary, n)``, for all tokens of the pack: ``(..., n)``."""
 
 
 class LowRankMatrix:
@@ -49,15 +47,12 @@ class LowRankMatrix:
         self.v = v
         self._projector = v.T.repeat(2, 1)
 
-    def probe(self, directions: list[Tensor], mix: Tensor) -> None:
-        """Take this step's U, float32 ``(out, r)`` each, and how the blocks mix them, ``(blocks, 1 + directions)``."""
-        self._table = torch.cat([self.update, *directions], 1)
-        self._mix = mix
-        shifts = torch.stack(directions) if directions else self.update.new_zeros(1, *self.update.shape)
-        weights = mix[:, 1:] if directions else mix.new_zeros(len(mix), 1)
-        picked = weights.abs().argmax(1)
+    def probe(self, directions: list[Tensor], mix: Mixture) -> None:
+        """Take this step's U, float32 ``(out, r)`` each, and how the blocks mix them."""
+        self._directions, self._mix = directions, mix
+        shifts = torch.stack(directions) if directions else torch.zeros_like(self.update).unsqueeze(0)
         # B and the shift stay apart, because in 16 bits their sum would round the smaller one away.
-        shift = shifts[picked] * weights.gather(1, picked.unsqueeze(1)).unsqueeze(2)
+        shift = shifts[mix.picked] * mix.amounts
         self._factors = torch.cat([self.update.expand_as(shift), shift], 2).mT.contiguous()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
@@ -79,40 +74,15 @@ class LowRankMatrix:
 
     def embed(self, lookup: Lookup, weight: Tensor) -> Tensor:
         """``W_k[token]`` of every block, ``(blocks, tokens, in)``, in the dtype of ``weight``."""
-        blocks, columns = self._mix.shape
-        found = lookup(self._table).view(blocks, -1, columns, self.update.shape[1])
-        shift = torch.einsum("ktjr,kj->ktr", found, self._mix) @ self.v.T
+        blocks, columns = self._mix.weights.shape
+        found = lookup(torch.cat([self.update, *self._directions], 1))
+        found = found.view(blocks, -1, columns, self.update.shape[1])
+        shift = torch.einsum("ktjr,kj->ktr", found, self._mix.weights) @ self.v.T
         return lookup(weight).view(shift.shape).float().mul_(self.keep).add_(shift).to(weight.dtype)
 
     def change(self, rows: slice) -> Tensor:
         """The accumulated update ``B V^T`` of some rows, float32."""
         return self.update[rows] @ self.v.T
-
-
-class Vector:
-    """A bias or norm gain ``(n,)`` as every block sees it: as stored, plus ``shift``, float32 ``(blocks, n)``."""
-
-    def __init__(self, update: Tensor) -> None:
-        self.update = update
-        self.keep = 1.0
-
-    def probe(self, directions: list[Tensor], mix: Tensor) -> None:
-        """Take this step's z, float32 ``(n,)`` each, and how the blocks mix them."""
-        self.shift = mix @ torch.stack([self.update, *directions])
-
-    def change(self, rows: slice) -> Tensor:
-        """The accumulated update of some elements, float32."""
-        return self.update[rows]
-
-
-def mixture(probes: Sequence[Probe], keys: Sequence[DirectionKey], device: torch.device) -> Tensor:
-    """The mix of every block, float32 ``(probes, 1 + keys)``: 1 for B, ``sign * eps`` for the probe's direction."""
-    mix = torch.zeros(len(probes), 1 + len(keys))
-    mix[:, 0] = 1.0
-    for block, probe in enumerate(probes):
-        if probe.key is not None:
-            mix[block, 1 + keys.index(probe.key)] = probe.sign * probe.eps
-    return mix.to(device)
 
 
 class LowRankSpace:
@@ -151,7 +121,7 @@ class LowRankSpace:
             ValueError: A probe is not of the current window.
         """
         keys = list(dict.fromkeys(probe.key for probe in probes if probe.key is not None))
-        mix = mixture(probes, keys, self.device)
+        mix = Mixture.of(probes, keys, self.device)
         drawn = [self.directions.factors.views(self._draw(key)) for key in keys]
         for index, state in enumerate(self.sites.values()):
             state.probe([views[index] for views in drawn], mix)

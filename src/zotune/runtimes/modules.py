@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zotune.errors import ModelError
 from zotune.layout import Site
-from zotune.runtimes.lowrank import Lookup, Vector
+from zotune.runtimes.mixture import Lookup, Vector
 from zotune.runtimes.precision import product_dtype
 
 _UNDECAYED = ("bias", "layer_norm", "layernorm")

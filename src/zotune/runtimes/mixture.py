@@ -1,0 +1,56 @@
+"""What every space of perturbations shares: how blocks mix directions, and how vectors are shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zotune.protocol import DirectionKey, Probe
+
+Lookup = Callable[[Tensor], Tensor]
+"""A module's own embedding with another table ``(vocabulary, n)``, for all tokens of the pack: ``(..., n)``."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the blocks of a pack mix the accumulated update and the directions; the same for every site.
+
+    Attributes:
+        weights: float32 ``(blocks, 1 + directions)``: 1 for the update, ``sign * eps`` for the probe's direction.
+        picked: The direction of each block, int64 ``(blocks,)``; 0 for a clean block.
+        amounts: ``sign * eps`` of each block, float32 ``(blocks, 1, 1)``; 0 for a clean block.
+    """
+
+    weights: Tensor
+    picked: Tensor
+    amounts: Tensor
+
+    @classmethod
+    def of(cls, probes: Sequence[Probe], keys: Sequence[DirectionKey], device: torch.device) -> Mixture:
+        """The mixture of these probes, whose directions are ``keys``."""
+        picked = torch.tensor([0 if probe.key is None else keys.index(probe.key) for probe in probes])
+        amounts = torch.tensor([0.0 if probe.key is None else probe.sign * probe.eps for probe in probes])
+        weights = torch.zeros(len(probes), 1 + len(keys))
+        weights[:, 0] = 1.0
+        if keys:
+            weights[torch.arange(len(probes)), 1 + picked] = amounts
+        return cls(weights.to(device), picked.to(device), amounts.view(-1, 1, 1).to(device))
+
+
+class Vector:
+    """A bias or norm gain ``(n,)`` as every block sees it: as stored, plus ``shift``, float32 ``(blocks, n)``."""
+
+    def __init__(self, update: Tensor) -> None:
+        self.update = update
+        self.keep = 1.0
+
+    def probe(self, directions: list[Tensor], mix: Mixture) -> None:
+        """Take this step's z, float32 ``(n,)`` each, and how the blocks mix them."""
+        self.shift = mix.weights @ torch.stack([self.update, *directions])
+
+    def change(self, rows: slice) -> Tensor:
+        """The accumulated update of some elements, float32."""
+        return self.update[rows]
