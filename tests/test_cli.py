@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from zotune import cli, config
+from zotune.cli.program import INTERRUPTED, USER_ERROR, Commands, print_json
 from zotune.errors import ConfigError
 
 PROGRAM = [sys.executable, "-c", "from zotune.cli import main; main()"]
@@ -35,7 +36,7 @@ def only_json(result: Result) -> dict[str, Any]:
 
 def refusal(result: Result) -> str:
     """What a user's mistake prints: exit code 2, nothing on stdout."""
-    assert result.exit_code == cli.USER_ERROR, result.output
+    assert result.exit_code == USER_ERROR, result.output
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     return result.stderr
@@ -108,7 +109,7 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("output = 'runs/a'\n[model]\npath = 'm'\n[data]\n[train]\nstesp = 3\n")
     failed = program("run", path)
-    assert failed.returncode == cli.USER_ERROR
+    assert failed.returncode == USER_ERROR
     assert failed.stdout == ""
     (line,) = failed.stderr.splitlines()
     assert line.startswith(f"error: {path}: unknown key 'train.stesp'. Did you mean 'train.steps'?")
@@ -130,7 +131,7 @@ def test_an_unknown_command_is_refused() -> None:
     ],
 )
 def test_what_ends_a_command_early(error: BaseException, code: int, line: str) -> None:
-    app = typer.Typer(cls=cli.Commands)
+    app = typer.Typer(cls=Commands)
 
     @app.callback()
     def program() -> None: ...
@@ -144,7 +145,7 @@ def test_what_ends_a_command_early(error: BaseException, code: int, line: str) -
 
 
 def test_a_programming_error_keeps_its_traceback() -> None:
-    app = typer.Typer(cls=cli.Commands)
+    app = typer.Typer(cls=Commands)
 
     @app.command()
     def fail() -> None:
@@ -194,7 +195,7 @@ def test_a_directory_that_is_no_run(tmp_path: Path, command: str) -> None:
 
 
 def test_numbers_that_are_not_finite_are_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_json({"loss": float("nan"), "steps": 3})
+    print_json({"loss": float("nan"), "steps": 3})
     assert capsys.readouterr().out == '{"loss": null, "steps": 3}\n'
 
 
@@ -255,6 +256,6 @@ def test_ctrl_c_ends_with_the_command_that_goes_on(config_file: Path, tmp_path: 
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED, errors
+    assert process.returncode == INTERRUPTED, errors
     assert errors.splitlines()[-1] == f"interrupted; go on with: zotune resume '{path}'"
     assert "Traceback" not in errors

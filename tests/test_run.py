@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import zotune
 from zotune import cli, config
+from zotune.cli.program import USER_ERROR
 from zotune.config import Config
 from zotune.errors import ConfigError, JournalError, ModelError, RunExistsError
 from zotune.evaluate import Metrics
@@ -107,7 +108,7 @@ def test_a_mistake_is_one_line_and_leaves_no_run(configure: Configure, tmp_path:
     setting, expected = MISTAKES[mistake]
     before = contents(tmp_path)
     result = CliRunner().invoke(cli.app, ["run", str(file), "--set", setting.replace("TMP", str(tmp_path))])
-    assert result.exit_code == cli.USER_ERROR, result.output
+    assert result.exit_code == USER_ERROR, result.output
     # The bar is silenced by the environment, which a process reads once, when it first imports the libraries.
     (line,) = [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
     assert line.startswith("error: ")

@@ -1,0 +1,92 @@
+"""Commands that look and change nothing: ``eval``, ``plot`` and ``presets``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zotune.cli.program import AsJson, RunPath, app, print_json
+from zotune.progress import percent
+
+if TYPE_CHECKING:
+    from zotune.presets import Preset
+
+
+@app.command("eval")
+def evaluate(path: RunPath, as_json: AsJson = False) -> None:
+    """Evaluate the newest weights of a run on its validation rows."""
+    from zotune.train import evaluate_run
+
+    metrics = evaluate_run(path)
+    if as_json:
+        print_json({"run": str(path), **asdict(metrics)})
+    else:
+        accuracy = "" if metrics.accuracy is None else f"  accuracy {percent(metrics.accuracy)}"
+        typer.echo(f"loss {metrics.loss:.3f}{accuracy}  on {metrics.examples} validation rows")
+
+
+@app.command()
+def plot(path: RunPath, as_json: AsJson = False) -> None:
+    """Draw loss and accuracy of a run into RUN/curves.png."""
+    from zotune.plots import plot as draw
+
+    picture = draw(path)
+    if as_json:
+        print_json({"run": str(path), "plot": str(picture)})
+    else:
+        typer.echo(picture)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show all about this one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods, with their sources and defaults."""
+    from zotune.presets import PRESETS, get
+
+    if name is not None:
+        preset = get(name)
+        typer.echo(json.dumps(asdict(preset)) if as_json else _describe(preset))
+    elif as_json:
+        typer.echo(json.dumps([asdict(preset) for preset in PRESETS.values()]))
+    else:
+        Console(highlight=False, markup=False).print(_table(PRESETS.values()))
+
+
+def _table(listed: Iterable[Preset]) -> Table:
+    table = Table("preset", "what it does", "main defaults", "source", box=None, padding=(0, 2, 1, 0))
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    for preset in listed:
+        values = _defaults(preset)
+        shown = [f"{key} = {values[key]}" for key in ("lr", "eps", "rank", "interval", "momentum") if values.get(key)]
+        table.add_row(preset.name, preset.summary, "\n".join(shown), preset.citation)
+    return table
+
+
+def _describe(preset: Preset) -> str:
+    return "\n".join(
+        (
+            f"{preset.name}: {preset.summary}",
+            f"source: {preset.citation}",
+            "defaults:",
+            *(f"  {key} = {value}" for key, value in _defaults(preset).items()),
+            "deviations from the published method:",
+            *(f"  {line}" for line in preset.deviations or ("none",)),
+        )
+    )
+
+
+def _defaults(preset: Preset) -> dict[str, Any]:
+    """The preset's values that have a meaning for it."""
+    values = asdict(preset.method)
+    hidden = set() if values["family"] == "low-rank" else {"rank", "interval", "normalised", "momentum"}
+    if values["lora_rank"] is None:
+        hidden |= {"lora_rank", "lora_alpha"}
+    return {key: value for key, value in values.items() if key not in hidden}

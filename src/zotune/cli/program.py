@@ -1,0 +1,95 @@
+"""The program ``zotune``: what all of its commands share.
+
+Whatever needs PyTorch or matplotlib is imported inside the command that needs it, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from zotune.errors import ZotuneError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout and all else on stderr.")]
+
+
+class Commands(TyperGroup):
+    """Ends a user's mistake and Ctrl-C with one line and an exit code instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that ``ctx`` names."""
+        try:
+            return super().invoke(ctx)
+        except (ZotuneError, PermissionError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Fine-tune language models with forward passes only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the ``zotune`` program."""
+    app(prog_name="zotune")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        try:
+            typer.echo(f"zotune {metadata.version('zotune')}")
+        except metadata.PackageNotFoundError:
+            typer.echo("zotune (from source, not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    # Read when the libraries are imported, which is later; a user's own settings win.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def command_line(*words: str | Path) -> str:
+    """A command line of this very program, quoted for the shell."""
+    program = sys.argv[0]
+    if Path(program).stem != "zotune" or shutil.which("zotune") == program:
+        program = "zotune"
+    return shlex.join([program, *map(str, words)])
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """One line of JSON, with null for numbers that are not finite."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    typer.echo(json.dumps(clean))

@@ -1,0 +1,146 @@
+"""Commands that train: ``run``, ``resume`` and ``demo``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from zotune.cli.program import INTERRUPTED, AsJson, RunPath, app, command_line, print_json
+from zotune.progress import Reporter, duration, percent, reporter
+
+if TYPE_CHECKING:
+    from zotune.evaluate import Metrics
+    from zotune.train import Summary
+
+TotalSteps = Annotated[int | None, typer.Option(min=1, help="Steps of the whole run.")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration, a TOML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of CONFIG, e.g. train.steps=10. Repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train as CONFIG says, into a new run directory."""
+    from zotune import config as configuration
+
+    chosen = configuration.load(config, overrides or ())
+
+    def work(live: Reporter) -> Summary:
+        from zotune.train import start
+
+        return start(chosen, live)
+
+    _train(Path(chosen.output), work, as_json)
+
+
+@app.command()
+def resume(path: RunPath, steps: TotalSteps = None, as_json: AsJson = False) -> None:
+    """Go on with a run from its last finished step, or extend it to more [bold]--steps[/bold]."""
+
+    def work(live: Reporter) -> Summary:
+        from zotune.train import resume as resume_run
+
+        return resume_run(path, live, steps)
+
+    _train(path, work, as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None, typer.Option(help="Run directory; must not exist. Default: the first free runs/demo, demo-2, ...")
+    ] = None,
+    steps: TotalSteps = None,
+    as_json: AsJson = False,
+) -> None:
+    """Teach a small model to tell good film reviews from bad ones, on the CPU, in minutes."""
+    from zotune import demo
+
+    path = output or demo.free_output()
+
+    def work(live: Reporter) -> Summary:
+        from zotune.train import start
+
+        assets = demo.fetch(notice=live.notice)
+        chosen = demo.config(assets, path) if steps is None else demo.config(assets, path, steps)
+        return start(chosen, live)
+
+    _train(path, work, as_json)
+
+
+def _train(path: Path, work: Callable[[Reporter], Summary], as_json: bool) -> None:
+    """Train with live progress, then draw the picture and print the outcome."""
+    console = Console(stderr=as_json)
+    live = reporter(console)
+    try:
+        summary = work(live)
+    except KeyboardInterrupt:
+        live.finish()
+        started = (path / "journal.jsonl").exists()
+        hint = f"; go on with: {command_line('resume', path)}" if started else " before the first step"
+        typer.echo(f"interrupted{hint}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        live.finish()
+    from zotune.plots import plot as draw
+
+    picture = draw(summary.path)
+    console.print(_outcome(summary, picture), markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(_outcome_record(summary, picture))
+
+
+def _outcome_record(summary: Summary, picture: Path) -> dict[str, Any]:
+    return {
+        "run": str(summary.path),
+        "steps": summary.steps,
+        "loss_before": summary.first.loss,
+        "loss_after": summary.last.loss,
+        "accuracy_before": summary.first.accuracy,
+        "accuracy_after": summary.last.accuracy,
+        "examples": summary.last.examples,
+        "train_seconds": summary.seconds,
+        "skipped": summary.skipped,
+        "plot": str(picture),
+    }
+
+
+def _outcome(summary: Summary, picture: Path) -> str:
+    """The closing text of a training command."""
+    first, last = summary.first, summary.last
+    skipped = f", {summary.skipped} skipped" if summary.skipped else ""
+    return "\n".join(
+        (
+            "",
+            f"on {last.examples} validation rows     before      after",
+            *_before_and_after(first, last),
+            "",
+            f"{summary.steps} steps{skipped}, {duration(summary.seconds)} of training",
+            f"picture   {picture}",
+            f"evaluate  {command_line('eval', summary.path)}",
+            f"resume    {command_line('resume', summary.path, *_extension(summary))}",
+        )
+    )
+
+
+def _before_and_after(first: Metrics, last: Metrics) -> list[str]:
+    lines = [f"{'loss':24}{first.loss:>10.3f} {last.loss:>10.3f}"]
+    if first.accuracy is not None and last.accuracy is not None:
+        lines.append(f"{'accuracy':24}{percent(first.accuracy):>10} {percent(last.accuracy):>10}")
+    return lines
+
+
+def _extension(summary: Summary) -> tuple[str, ...]:
+    """Arguments that extend a finished run to twice its length, where its learning rate has not run out."""
+    from zotune import config, presets
+
+    method = presets.resolve(config.load(summary.path / "config.toml").method)
+    return ("--steps", str(2 * summary.steps)) if method.schedule == "constant" else ()
