@@ -117,12 +117,43 @@ def test_a_description_that_says_something_else_is_passed_over(folder: Path, con
     assert_newest_is(folder, 3)
 
 
-def test_if_all_are_damaged_the_error_says_what_to_do(folder: Path) -> None:
+def test_each_that_is_damaged_is_named(folder: Path) -> None:
     save(folder, 3, 6)
-    for path in folder.glob("*/state.safetensors"):
-        path.write_bytes(b"")
-    with pytest.raises(JournalError, match=r"all 2 checkpoints in .* are damaged; remove the folder"):
-        checkpoint.newest(folder)
+    notices: list[str] = []
+    for step in (6, 3):
+        (folder / f"step-0000000{step}" / "state.safetensors").write_bytes(b"")
+        notices.clear()
+        found = checkpoint.newest(folder, notice=notices.append)
+        assert (found is None) == (step == 3)
+    assert [notice.split(" is damaged")[0] for notice in notices] == [
+        f"the checkpoint {folder}/step-0000000{step}" for step in (6, 3)
+    ]
+
+
+def test_the_newest_that_is_not_too_new(folder: Path) -> None:
+    save(folder, 3, 6, 9)
+    for upto, expected in ((2, None), (3, 3), (8, 6), (9, 9), (99, 9)):
+        found = checkpoint.newest(folder, upto=upto)
+        assert (found and found[0]) == expected
+
+
+def test_only_one_that_verifies_is_sound(folder: Path) -> None:
+    save(folder, 3, 6)
+    (folder / "step-00000006" / "checkpoint.json").write_text("{}")
+    assert [checkpoint.sound(folder, step) for step in (3, 6, 9)] == [True, False, False]
+
+
+def test_the_best_stays_however_old_it_is(folder: Path) -> None:
+    for step, best in ((2, 2), (4, 4), (6, 4), (8, 4), (10, 10), (12, 10), (14, None)):
+        checkpoint.save(folder, state(step), step=step, window=0, keep=2, best=best)
+        assert (folder / f"step-{best:08d}").exists() if best else True
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000012", "step-00000014"]
+
+
+def test_a_checkpoint_of_an_earlier_step_than_there_are_is_not_dropped_at_once(folder: Path) -> None:
+    save(folder, 20, 30)
+    save(folder, 25, keep=1)
+    assert checkpoint.sound(folder, 25)
 
 
 def test_what_an_interrupted_save_leaves_is_ignored_and_replaced(folder: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,32 @@ print(*sorted({"torch", "transformers", "numpy", "matplotlib", "pydantic"} & set
     assert done.stdout.strip() == ""
 
 
+COMMANDS = {
+    *("run", "resume", "demo", "sweep", "eval", "plot", "report", "presets", "tasks", "replay", "rollback"),
+    *("journal show", "journal verify", "journal diff", "export", "apply", "bench step"),
+}
+
+
+def commands(group: Any, *words: str) -> Iterator[tuple[str, Any]]:
+    """Every command of the program with its words."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *words, name)
+        else:
+            yield " ".join((*words, name)), command
+
+
 def test_help_names_every_command() -> None:
     shown = program("--help")
     assert shown.returncode == 0
-    for command in ("run", "resume", "eval", "plot", "presets", "demo", "bench"):
-        assert f" {command} " in shown.stdout
+    assert dict(commands(typer.main.get_command(cli.app))).keys() == COMMANDS
+    for command in COMMANDS:
+        assert f" {command.split()[0]} " in shown.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["run", "resume", "eval", "plot", "presets", "demo", "bench step"], ids=lambda words: words.split()[0]
-)
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_option_is_documented(command: str) -> None:
-    selected = typer.main.get_command(cli.app)
-    for word in command.split():
-        selected = selected.commands[word]  # type: ignore[attr-defined]
+    selected = dict(commands(typer.main.get_command(cli.app)))[command]
     assert selected.help
     assert [parameter.name for parameter in selected.params if not parameter.help] == []
     assert "as_json" in [parameter.name for parameter in selected.params]

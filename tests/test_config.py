@@ -33,12 +33,15 @@ configs = st.builds(
         train=optional(text),
         prompt=optional(text),
         candidates=optional(st.lists(text)),
+        fields=optional(st.dictionaries(text, text, max_size=2)),
         train_size=optional(positive),
         bos=st.sampled_from(["tokenizer", "none", 0, 2]),
     ),
-    method=st.builds(MethodConfig, preset=st.just("lozo"), lr=optional(rates), rank=optional(positive)),
+    method=st.builds(MethodConfig, preset=st.just("lozo"), lr=optional(rates), rank=optional(st.integers(1, 4096))),
     train=st.builds(TrainConfig, steps=positive, seed=positive),
-    runtime=st.builds(RuntimeConfig, fold=st.sampled_from(["stochastic", "master"]), threads=optional(positive)),
+    runtime=st.builds(
+        RuntimeConfig, fold=st.sampled_from(["stochastic", "master"]), threads=optional(st.integers(1, 512))
+    ),
 )
 
 

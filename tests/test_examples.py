@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import runpy
@@ -69,10 +70,14 @@ def test_an_example_configuration_trains(path: Path, tiny_model_folder: Path, tm
     """As it is, but for the model and the length of the run."""
     import zotune
 
-    rows = [{"text": f"the film is {word}", "label": i} for i, word in enumerate(("dull", "fine"))]
+    # Rows that differ in words that the tiny model's tokenizer knows, since equal rows are never held out.
+    starts = itertools.islice(itertools.product(("the", "a", "film", "plot", "cast", "is", "was"), repeat=4), 600)
+    rows = [
+        {"text": f"{' '.join(start)} {word}", "label": i} for start in starts for i, word in enumerate(("dull", "fine"))
+    ]
     answers = [{"question": f"the {noun}", "answer": "is fine"} for noun in ("film", "cast", "plot")]
     for name, records in (
-        ("reviews.jsonl", rows * 600),
+        ("reviews.jsonl", rows),
         ("answers.jsonl", answers),
         ("answers-held-out.jsonl", answers),
     ):

@@ -1,12 +1,15 @@
 """The snippets of docs/extending.md do what the page says."""
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 
+import zotune
 from zotune.config import DataConfig
 from zotune.data.sources import Hub, locate
 from zotune.estimators import TwoPoint
@@ -38,9 +41,29 @@ def test_the_estimator_clips_the_two_point_estimate(snippets: dict[str, Any]) ->
 
 
 def test_the_task_completes_a_configuration(snippets: dict[str, Any]) -> None:
-    completed = snippets["RTE"].complete(DataConfig(train_size=64))
+    completed = snippets["QNLI"].complete(DataConfig(train_size=64))
     assert (completed.train_size, completed.candidates) == (64, ["Yes", "No"])
-    assert locate(str(completed.train), "train") == Hub("nyu-mll/glue", "rte", "train")
+    assert locate(str(completed.train), "train") == Hub("nyu-mll/glue", "qnli", "train")
+
+
+def test_the_callback_ends_a_run_and_writes_down_how_far_it_came(
+    snippets: dict[str, Any], tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Path, Path]
+) -> None:
+    method = {"lr": 2e-3, "eps": 1e-2, "directions": 4, "interval": 10}
+    train = {"steps": 60, "batch_size": 16, "eval_every": 5}
+    chosen = tiny_runs.configure(tmp_path, tiny_model_folder, sentiment_files, method=method, train=train)
+    callback = snippets["StopAtTarget"](0.9, tmp_path / "reached.json")
+    summary = zotune.start(chosen, zotune.SilentReporter(), callbacks=[callback])
+    assert 0 < summary.steps < 60
+    assert summary.last.accuracy is not None
+    assert summary.last.accuracy >= 0.9
+    assert summary.stopped == f"the accuracy is {summary.last.accuracy:.3f}"
+    assert json.loads((tmp_path / "reached.json").read_text()) == {"accuracy": summary.last.accuracy}
+
+
+def test_each_sample_is_short(snippets: dict[str, Any]) -> None:
+    samples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert max(len(sample.splitlines()) for sample in samples) < 60
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)

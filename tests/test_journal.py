@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import resource
 import zlib
 from collections.abc import Iterator
@@ -11,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zotune import journal
+from zotune import journal, records
 from zotune.errors import JournalError
-from zotune.journal import Entry, Header, Journal
+from zotune.journal import Change, Entry, Header, Journal
 from zotune.optimizer import Method
 
 HEADER = Header(
@@ -54,6 +56,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "journal.jsonl"
 
 
+@settings(deadline=None)
 @given(losses=st.lists(finite, min_size=1), coefficients=st.lists(finite), lr=finite, batch=st.integers(0, 2**32 - 1))
 def test_what_is_written_is_read_back_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory, losses: list[float], coefficients: list[float], lr: float, batch: int
@@ -61,7 +64,7 @@ def test_what_is_written_is_read_back_to_the_bit(
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
     entry = Entry(0, tuple(losses), tuple(coefficients), lr, batch)
     written = write(path, entry)
-    assert journal.read(path) == (HEADER, [entry], len(written), len(written))
+    assert journal.read(path) == (HEADER, [entry], [], len(written), len(written), None)
 
 
 def test_a_record_is_a_line_of_json_with_its_checksum(path: Path) -> None:
@@ -141,8 +144,18 @@ def test_whatever_a_power_cut_leaves_at_the_end_is_dropped(path: Path, tail: byt
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_damage_before_the_last_line_is_named(path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (1, "line 1, the header, is damaged|is not a journal"),
+        (
+            2,
+            r"line 2 is damaged: .* \(step 1\). 0 steps before it can be recovered: 'zotune journal verify .* --rep",
+        ),
+        (3, r"line 3 is damaged: it does not match its checksum \(step 2\). 1 step before it"),
+    ],
+)
+def test_damage_before_the_last_line_is_named(path: Path, number: int, expected: str) -> None:
     lines = write(path, FIRST, SKIPPED, replace(FIRST, step=2), replace(FIRST, step=3)).splitlines(keepends=True)
     good = lines[number - 1]
     for place in range(len(good)):
@@ -150,33 +163,71 @@ def test_damage_before_the_last_line_is_named(path: Path, number: int) -> None:
             damaged = bytearray(good)
             damaged[place] ^= 1 << bit
             path.write_bytes(b"".join([*lines[: number - 1], bytes(damaged), *lines[number:]]))
-            trusted = max(0, number - 2)
-            with pytest.raises(JournalError, match=rf"line {number} of \d is damaged; the {trusted} steps before it"):
+            with pytest.raises(JournalError, match=expected):
                 journal.read(path)
 
 
-def test_a_torn_header_is_no_journal(path: Path) -> None:
+def test_a_torn_header_leaves_nothing(path: Path) -> None:
     whole = write(path)
-    for damaged in (b"", whole[:-1], whole[:10]):
+    for damaged in (whole[:-1], whole[:10]):
         path.write_bytes(damaged)
-        with pytest.raises(JournalError, match=r"line 1 of [01] is damaged"):
+        with pytest.raises(JournalError, match="line 1, the header, is damaged, so that no step can be recovered"):
             Journal.open(path)
 
 
-def test_a_journal_of_another_version_is_refused(path: Path) -> None:
-    path.write_bytes(line(asdict(replace(HEADER, version=2)) | {"shards": 4}))
-    with pytest.raises(JournalError, match="is a journal of version 2; this zotune reads version 1"):
+@pytest.mark.parametrize(
+    "content", [b"", b"output = 'runs/a'\n", b"\x89PNG\r\n\x1a\n\0\0", b'{"kind":"step"}\n', b"\n"]
+)
+def test_a_file_of_another_kind_is_no_journal(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(JournalError, match=r"journal\.jsonl is not a journal: its first line is no header"):
         Journal.open(path)
+    assert path.read_bytes() == content
 
 
-def test_lines_of_other_fields_are_refused(path: Path) -> None:
-    path.write_bytes(line(asdict(HEADER)) + line({"step": 0, "losses": [0.5]}))
-    with pytest.raises(JournalError, match="line 2 does not have the fields of version 1"):
+def test_a_checksummed_line_of_another_kind_is_no_journal(path: Path) -> None:
+    for record in ({"step": 0}, {}):
+        path.write_bytes(line(record))
+        with pytest.raises(JournalError, match="is not a journal: its first line has no version"):
+            Journal.open(path)
+
+
+@pytest.mark.parametrize(("version", "advice"), [(2, "update zotune"), (0, "use the zotune that wrote it")])
+def test_a_journal_of_another_version_is_refused(path: Path, version: int, advice: str) -> None:
+    path.write_bytes(line(asdict(replace(HEADER, version=version)) | {"shards": 4}))
+    expected = f"is a journal of version {version}; this zotune reads version 1: {advice}"
+    with pytest.raises(JournalError, match=expected):
         Journal.open(path)
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"), [((0, 2), "line 3 is step 2, but step 1 is due"), ((1,), "line 2 is step 1")]
+    ("record", "expected"),
+    [
+        ({"step": 0, "losses": [0.5]}, "line 2 is damaged: it does not have the fields of version 1: coefficients"),
+        ({**asdict(FIRST), "more": 1}, "line 2 .* more: Unexpected"),
+        ({**asdict(FIRST), "lr": "fast"}, "line 2 .* lr: Input should be a valid number"),
+        ({**asdict(FIRST), "losses": 0.5}, "line 2 .* losses: Input should be a valid"),
+        ({"step": 0, "settings": {"seed": 4}}, "line 2 .* it changes 'seed', which holds for a whole run"),
+        ({"step": 1, "settings": {"steps": 4}}, 'line 2 .* it has "step": 1 where 0 is due'),
+    ],
+)
+def test_lines_of_other_fields_are_refused(path: Path, record: dict[str, Any], expected: str) -> None:
+    path.write_bytes(line(asdict(HEADER)) + line(record))
+    with pytest.raises(JournalError, match=expected):
+        Journal.open(path)
+
+
+def test_a_header_without_a_field_is_refused(path: Path) -> None:
+    values = asdict(HEADER)
+    del values["fold"]
+    path.write_bytes(line(values) + line(asdict(FIRST)))
+    with pytest.raises(JournalError, match="line 1 does not have the fields of version 1: fold: Field required"):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [((0, 2), r'line 3 .*"step": 2 where 1 is due \(step 2\)'), ((1,), 'line 2 .*"step": 1 where 0 is due')],
 )
 def test_steps_out_of_order_are_refused(path: Path, steps: tuple[int, ...], expected: str) -> None:
     records = [asdict(replace(FIRST, step=step)) for step in steps]
@@ -226,6 +277,47 @@ def test_the_number_of_steps_may_change_only_where_it_changes_no_update(path: Pa
     else:
         with pytest.raises(JournalError, match=r"its steps is not what it began with \(journal: 10, now: 99\)"):
             Journal.open(path).require(longer)
+
+
+def test_changed_settings_hold_from_their_step_on(path: Path) -> None:
+    faster = Change(1, {"method.lr": 0.25, "method.schedule": "linear"})
+    longer = Change(2, {"steps": 99, "method.lr": 0.5})
+    path.write_bytes(b"".join(map(records.line, (HEADER, FIRST, faster, SKIPPED, longer))))
+    opened = Journal.open(path)
+    assert (opened.entries[0], opened.changes) == (FIRST, [faster, longer])
+    assert len(opened.entries) == 2
+    assert opened.header_at(0) == HEADER
+    now = replace(HEADER, method=asdict(Method(lr=0.25, schedule="linear")))
+    assert opened.header_at(1) == now
+    with pytest.raises(JournalError, match="its steps is not"):
+        opened.require(replace(now, method=asdict(Method(lr=0.5, schedule="linear"))))
+    opened.require(replace(now, method=asdict(Method(lr=0.5, schedule="linear")), steps=99))
+    opened.claim()
+    opened.append(replace(FIRST, step=2))
+    opened.close()
+    assert journal.read(path).entries[2].step == 2
+
+
+def test_a_journal_replaced_while_it_is_claimed_is_left_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write(path, FIRST)
+    opened = Journal.open(path)
+    other = path.with_name("other.jsonl")
+    other.write_bytes(whole)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: os.replace(other, path))
+    with pytest.raises(JournalError, match="changed since it was read"):
+        opened.claim()
+    assert path.read_bytes() == whole
+
+
+def test_nobody_writes_while_a_journal_is_locked(path: Path) -> None:
+    write(path, FIRST)
+    opened = Journal.open(path)
+    with journal.locked(path), pytest.raises(JournalError, match="another process is training"):
+        opened.claim()
+    opened.claim()
+    with pytest.raises(JournalError, match="another process is training"), journal.locked(path):
+        pass
+    opened.close()
 
 
 def test_one_process_at_a_time_writes(path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,29 @@ def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -
     message = refusal("nobody/no-such-model")
     assert message.startswith("cannot load the model 'nobody/no-such-model': ")
     assert "the id of a model on the hub" in message
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing listens at this port of this machine.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    message = refusal("nobody/no-such-model")
+    assert "not in the local cache, and the Hugging Face hub cannot be reached" in message
+    assert "Give a folder" in message
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("family", [*tiny.SEEING, *tiny.ROUTED])
+def test_models_that_see_or_route_are_loaded_whole(family: str, tmp_path: Path, tiny_model_folder: Path) -> None:
+    made: Any = tiny.model(family)
+    made.save_pretrained(tmp_path)
+    for path in tiny_model_folder.glob("tokenizer*"):
+        shutil.copy(path, tmp_path)
+    model, _ = load(tmp_path, dtype="float32")
+    assert type(model) is type(made)
+    assert models.context_length(model) == tiny.CONTEXT
+    for name, parameter in made.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=0, atol=0)
 
 
 def _set(**values: Any) -> Callable[[Path], object]:

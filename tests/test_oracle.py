@@ -239,7 +239,7 @@ def test_official_lozo_follows_the_official_stream(corrected: bool) -> None:
         expected = written_out(theirs, batch, 5, 5, corrected)
     assert [stepper.step(batch) for _ in range(5)] == pytest.approx(expected, rel=1e-4)
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-4)
 
 
 def test_the_official_order_applies_another_direction_on_refresh_steps_only() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,48 @@ def test_on_a_terminal_a_bar_shows_the_latest_step(width: int) -> None:
     assert "step 3/40  loss 0.400  smoothed 0.595  accuracy 50.0 %  32 rows/s" in shown
     assert ("━" in shown) == (width == 140)
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor must come back"
+
+
+def test_written_answers_have_their_scores_on_the_line() -> None:
+    stream = io.StringIO()
+    live = TerminalReporter(Console(file=stream), Clock())
+    live.evaluation({**evaluation(0, 0.7, None), "exact_match": 0.25, "f1": 0.5})
+    assert stream.getvalue() == "step 0/0  loss 0.700  f1 50.0 %  exact match 25.0 %\n"
+
+
+NOTEBOOK = """
+from pathlib import Path
+from rich.console import Console
+from zotune.progress import TerminalReporter
+
+live = TerminalReporter(Console())
+live.start(Path("runs/a[b]"), 40, 0)
+live.evaluation({"kind": "eval", "step": 0, "loss": 0.7, "accuracy": 0.5, "seconds": 1})
+for number in range(1, 41):
+    live.step({"kind": "step", "step": number, "loss": 0.6, "lr": 1e-5, "coefficients": [1.0], "seconds": 0.01,
+               "rows_per_s": 100, "skipped": False})
+live.evaluation({"kind": "eval", "step": 40, "loss": 0.4, "accuracy": 0.8, "seconds": 1})
+live.finish()
+live.finish()
+"""
+
+
+def test_in_a_notebook_one_line_is_replaced() -> None:
+    """In a real kernel, as a converted notebook would keep it."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    lines = "".join(each.text for each in outputs if each.output_type == "stream").splitlines()
+    assert lines == [
+        "run runs/a[b]: 40 steps",
+        "step 0/40  loss 0.700  accuracy 50.0 %",
+        "step 40/40  loss 0.400  accuracy 80.0 %  100 rows/s",
+    ]
+    (live,) = (each.data for each in outputs if each.output_type == "display_data")
+    assert live == {"text/plain": "step 40/40  loss 0.600  smoothed 0.600  accuracy 80.0 %  100 rows/s"}
+    assert "\x1b" not in json.dumps(outputs)
 
 
 def test_the_reporter_of_a_console() -> None:

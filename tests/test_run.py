@@ -49,12 +49,22 @@ def test_a_run_is_a_directory_of_plain_files(run: Path) -> None:
         "journal.jsonl",
         "manifest.json",
         "metrics.jsonl",
+        "predictions.jsonl",
     ]
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["command"] == sys.argv
     assert manifest["versions"]["python"] == platform.python_version()
     assert {"started", "platform", "cpu", "cores", "threads", "gpus"} <= manifest.keys()
+
+
+def test_what_the_model_chose_at_each_evaluation_is_on_record(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 6]
+    for line in lines:
+        accuracy = RunDirectory(run).evaluations()[line["step"]].accuracy
+        assert len(line["predicted"]) == len(line["right"]) == 24
+        assert sum(line["right"]) / 24 == pytest.approx(accuracy)
 
 
 def test_the_configuration_of_a_run_says_what_its_preset_meant(run: Path) -> None:
@@ -255,8 +265,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(run: Path) -> Non
     newest.write_bytes(newest.read_bytes()[:-1])
     assert_same(tiny_runs.restored(run), expected)
     shutil.rmtree(run / "checkpoints" / "step-00000004")
-    with pytest.raises(JournalError, match=r"all 1 checkpoints in .* are damaged"):
-        zotune.resume(run, Recorder())
+    seen = Recorder()
+    zotune.resume(run, seen)
+    assert [notice for notice in seen.notices if "step-00000006 is damaged and not used" in notice]
+    assert_same(saved(run), expected)
 
 
 def test_evaluating_a_run_changes_nothing_and_gives_its_last_figures(run: Path) -> None:
@@ -289,6 +301,28 @@ def test_a_torn_line_of_the_metrics_is_cut_off(run: Path) -> None:
     assert sorted(RunDirectory(run).evaluations()) == [0, 6]
     assert all(json.loads(line) for line in path.read_text().splitlines())
     zotune.plot(run)
+
+
+def test_steps_that_only_the_journal_has_come_back_into_the_metrics(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in before if record["step"] not in (2, 6)))
+    zotune.resume(run, Recorder())
+    timeless = {"seconds": None, "rows_per_s": None}
+    steps = {record["step"]: record | timeless for record in before if record["kind"] == "step"}
+    after = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {record["step"]: record | timeless for record in after if record["kind"] == "step"} == steps
+    assert sorted(RunDirectory(run).evaluations()) == [0, 6]
+    zotune.plot(run)
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"kind": "eval"}', '{"kind": "eval", "step": 3, "loss": "a"}', "\\xff"])
+def test_a_line_of_the_metrics_that_says_nothing_is_passed_over(tmp_path: Path, line: str) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.metrics.write_text(line + "\n")
+    directory.add_metrics({"kind": "eval", "step": 3, "loss": 0.5, "accuracy": None, "examples": 5, "seconds": 0.1})
+    assert directory.evaluations() == {3: Metrics(0.5, None, 5)}
+    assert directory.recorded_steps() == set()
 
 
 def test_metrics_that_are_not_finite_are_null_and_come_back(tmp_path: Path) -> None:

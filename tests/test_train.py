@@ -3,10 +3,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,12 +14,13 @@ import torch
 from tiny_runs import Recorder, assert_same, contents, restored, saved
 
 import zotune
-from zotune import config, journal, train
+from zotune import config, journal, session
 from zotune.config import Config
 from zotune.errors import DivergedError
 from zotune.protocol import Update
 from zotune.run import RunDirectory
 from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.session import Session
 
 Configure = Callable[..., Config]
 
@@ -114,8 +111,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
 
 
 def _base(run: Path) -> dict[str, torch.Tensor]:
-    session = train.Session.build(config.load(run / "config.toml"))
-    return session.runtime.state()
+    built = Session.build(config.load(run / "config.toml"))
+    return built.runtime.state()
 
 
 def test_a_finished_run_has_nothing_left_to_do(configure: Configure, tmp_path: Path) -> None:
@@ -126,46 +123,6 @@ def test_a_finished_run_has_nothing_left_to_do(configure: Configure, tmp_path: P
     assert (again.first, again.last, again.steps, again.seconds) == (done.first, done.last, 30, 0)
     assert seen.steps == []
     assert contents(tmp_path / "run") == kept
-
-
-def test_a_killed_process_loses_nothing(configure: Configure, tmp_path: Path) -> None:
-    values: dict[str, Any] = {"method": METHODS["lozo-m"], "train": {"steps": 4000, "checkpoint_every": 20}}
-    file = tmp_path / "killed.toml"
-    file.write_text(config.dump(configure(output="killed", **values)))
-    script = f"import zotune; zotune.start(zotune.load_config(__import__('pathlib').Path({str(file)!r})))"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    path = tmp_path / "killed" / "journal.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 30):
-        assert time.monotonic() < deadline, "no step was journalled"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    done = len(journal.read(path)[1])
-    assert 29 <= done < 4000
-
-    total = done + 15
-    zotune.start(configure(output="whole", **values | {"train": values["train"] | {"steps": total}}), Recorder())
-    zotune.resume(tmp_path / "killed", Recorder(), steps=total)
-    whole = journal.read(tmp_path / "whole" / "journal.jsonl")
-    killed = journal.read(path)
-    assert killed[1] == whole[1]
-    assert_same(saved(tmp_path / "killed"), saved(tmp_path / "whole"))
-
-
-def test_what_is_saved_when_never_changes_a_trajectory(configure: Configure, tmp_path: Path) -> None:
-    kind: dict[str, Any] = {"method": METHODS["lozo-m"], "model": {"dtype": "bfloat16"}}
-    for every in (1, 7, 1000):
-        settings = {"checkpoint_every": every, "eval_every": every, "keep_checkpoints": 3}
-        zotune.start(configure(output=f"every-{every}", train=settings, **kind), Recorder())
-    runs = [tmp_path / f"every-{every}" for every in (1, 7, 1000)]
-    assert len({(run / "journal.jsonl").read_bytes() for run in runs}) == 1
-    assert_same(saved(runs[0]), saved(runs[1]))
-    assert_same(saved(runs[0]), saved(runs[2]))
-    kept = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in runs]
-    assert kept[0] == ["step-00000028", "step-00000029", "step-00000030"]
-    assert kept[1] == ["step-00000021", "step-00000028", "step-00000030"]
-    assert kept[2] == ["step-00000030"]
 
 
 def test_a_checkpoint_ahead_of_the_journal_is_not_used(configure: Configure, tmp_path: Path) -> None:
@@ -191,7 +148,7 @@ def test_a_step_is_in_the_journal_before_it_is_applied(
             super().apply(update)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "EmbeddedRuntime", Fails)
+        patch.setattr(session, "EmbeddedRuntime", Fails)
         with pytest.raises(MemoryError):
             zotune.start(configure(), Recorder())
     entries = journal.read(tmp_path / "run" / "journal.jsonl")[1]

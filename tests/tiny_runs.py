@@ -14,7 +14,7 @@ from zotune import checkpoint, config
 from zotune.config import Config
 from zotune.progress import Record, SilentReporter
 from zotune.run import RunDirectory
-from zotune.train import restore
+from zotune.session import restore
 
 
 @dataclass
@@ -62,10 +62,11 @@ def configure(
         "method": {"lr": 1e-3},
         "train": {"steps": 30, "batch_size": 4, "eval_every": 1000, "checkpoint_every": 1000},
         "runtime": {"threads": 1},
+        "track": {"tensorboard": False},
     }
     for name, table in tables.items():
         assert isinstance(table, dict)
-        values[name] = values[name] | table
+        values[name] = values.get(name, {}) | table
     return config.parse({"output": str(folder / str(output)), **values})
 
 

@@ -13,13 +13,26 @@ _PUBLIC = {
     "start": "train",
     "resume": "train",
     "evaluate_run": "train",
+    "dry_run": "dryrun",
+    "replay": "history",
+    "rollback": "branches",
     "plot": "plots",
+    "export_run": "export",
+    "apply_journal": "export",
+    "overlay": "overlays",
+    "write_report": "report",
+    "read_sweep": "sweep",
+    "run_sweep": "sweep",
+    "summarise_sweep": "sweep",
     "Summary": "train",
+    "DryRun": "dryrun",
     "Metrics": "evaluate",
+    "Evaluation": "evaluate",
     "Reporter": "progress",
     "SilentReporter": "progress",
     "TerminalReporter": "progress",
     "ZotuneError": "errors",
+    "StopRun": "errors",
     # Its parts, for a loop of one's own.
     "PRESETS": "presets",
     "Method": "optimizer",
@@ -36,7 +49,16 @@ _PUBLIC = {
 }
 """Public names and the modules they come from; loaded on first use, because torch takes seconds."""
 
-_RENAMED = {"load_config": "load", "parse_config": "parse", "load_data": "load", "load_model": "load"}
+_RENAMED = {
+    "load_config": "load",
+    "parse_config": "parse",
+    "load_data": "load",
+    "load_model": "load",
+    "write_report": "write",
+    "read_sweep": "read",
+    "run_sweep": "run",
+    "summarise_sweep": "summarise",
+}
 
 __all__ = list(_PUBLIC)
 

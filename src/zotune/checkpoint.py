@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,14 +20,25 @@ _TENSORS = "state.safetensors"
 _ABOUT = "checkpoint.json"
 
 
-def save(folder: Path, state: Mapping[str, Tensor], *, step: int, window: int, keep: int) -> Path:
-    """Write the state after ``step`` finished steps as ``folder/step-N``, then drop all but the newest ``keep``.
+def save(
+    folder: Path, state: Mapping[str, Tensor], *, step: int, window: int, keep: int, best: int | None = None
+) -> Path:
+    """Write the state after ``step`` finished steps as ``folder/step-N``, then drop what is not to be kept.
+
+    Args:
+        folder: Where checkpoints are; made if it is not there.
+        state: What `zotune.runtimes.base.Runtime.state` returned.
+        step: Finished steps.
+        window: The window of the next step.
+        keep: How many to keep, the newest ones.
+        best: The step whose checkpoint stays as well, however old it is.
 
     Raises:
         JournalError: It cannot be written; the checkpoints that there were are as before.
     """
-    target, draft = folder / f"step-{step:08d}", folder / f".step-{step:08d}.part"
-    shutil.rmtree(draft, ignore_errors=True)
+    target, draft = _path(folder, step), folder / f".step-{step:08d}.part"
+    for left in folder.glob(".step-*.part"):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
         save_file(dict(state), draft / _TENSORS)
@@ -34,37 +46,56 @@ def save(folder: Path, state: Mapping[str, Tensor], *, step: int, window: int, k
         (draft / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
         for name in (_TENSORS, _ABOUT, "."):
             _sync(draft / name)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(draft, target)
+        _sync(folder)
+        kept = {target} if best is None else {target, _path(folder, best)}
+        for old in _newest_first(folder)[keep:]:
+            if old not in kept:
+                shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise JournalError(f"cannot write the checkpoint {target}: {error}") from error
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(draft, target)
-    _sync(folder)
-    for old in _newest_first(folder)[keep:]:
-        shutil.rmtree(old)
+        raise JournalError(
+            f"cannot write the checkpoint {target}: {error}. The journal has every step: free space there and resume."
+        ) from error
     return target
 
 
-def newest(folder: Path) -> tuple[int, int, dict[str, Tensor]] | None:
-    """Step, window and state of the newest checkpoint that verifies; None if there is none at all.
+def newest(
+    folder: Path, *, upto: int | None = None, notice: Callable[[str], None] = lambda text: None
+) -> tuple[int, int, dict[str, Tensor]] | None:
+    """Step, window and state of the newest checkpoint that verifies; None if there is none.
 
-    Raises:
-        JournalError: There are checkpoints, but every one is damaged.
+    Args:
+        folder: Where checkpoints are.
+        upto: Leave out those of later steps.
+        notice: Told of each that is damaged, in one line.
     """
-    found = _newest_first(folder)
-    for path in found:
-        try:
-            about = json.loads((path / _ABOUT).read_text())
-            if about["sha256"] == _sha256(path / _TENSORS, about["step"], about["window"]):
-                return about["step"], about["window"], load_file(path / _TENSORS)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    if found:
-        raise JournalError(
-            f"all {len(found)} checkpoints in {folder} are damaged; remove the folder, and the journal rebuilds the run"
-        )
+    for path in _newest_first(folder):
+        if (about := _verified(path)) is None:
+            notice(f"the checkpoint {path} is damaged and not used; an older one or the journal makes up for it")
+        elif upto is None or about["step"] <= upto:
+            return about["step"], about["window"], load_file(path / _TENSORS)
     return None
+
+
+def sound(folder: Path, step: int) -> bool:
+    """Whether there is a checkpoint of this step, and it verifies."""
+    return _verified(_path(folder, step)) is not None
+
+
+def _verified(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself, if its digest confirms it."""
+    try:
+        about = json.loads((path / _ABOUT).read_text())
+        return about if about["sha256"] == _sha256(path / _TENSORS, about["step"], about["window"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _newest_first(folder: Path) -> list[Path]:

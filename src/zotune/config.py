@@ -40,7 +40,17 @@ class DataConfig(Section):
     prompt: str | None = Field(default=None, description="template, the row's fields in braces: '{text} It was'")
     candidates: list[str] | None = Field(default=None, description="one continuation per class, in label order")
     label: str | None = Field(default=None, description="field with the class: its number or candidate")
+    loss: Literal["candidates", "gold"] | None = Field(
+        default=None,
+        description="with candidates: cross-entropy over them (default), or the right one's negative log-likelihood",
+    )
     completion: str | None = Field(default=None, description="template of the text to learn, without candidates")
+    answers: str | None = Field(default=None, description="with completion: field with the right answer or answers")
+    messages: str | None = Field(default=None, description="field with a conversation; its assistant turns are learnt")
+    chat: bool = Field(default=False, description="put prompt and continuation through the tokenizer's chat template")
+    fields: dict[str, str] | None = Field(
+        default=None, description="other names for a row's fields: {sentence = 'review_body'}"
+    )
     train_size: int | None = Field(default=None, ge=1, description="rows to train on; default: all")
     validation_size: int | None = Field(default=None, ge=1, description="rows to evaluate on; default: at most 500")
     split_seed: int = Field(default=0, ge=0, description="seed of the row permutation before rows are taken")
@@ -55,11 +65,13 @@ class MethodConfig(Section):
 
     preset: str = "lozo"
     scope: Literal["linear", "all"] | None = Field(default=None, description="linear weights only, or every parameter")
-    lr: float | None = Field(default=None, ge=0, description="learning rate, LOZO's official code's convention")
+    lr: float | None = Field(
+        default=None, ge=0, le=1e38, description="learning rate, LOZO's official code's convention"
+    )
     eps: float | None = Field(default=None, gt=0, description="probe distance")
-    rank: int | None = Field(default=None, ge=1, description="rank of a direction")
+    rank: int | None = Field(default=None, ge=1, le=4096, description="rank of a direction")
     interval: int | None = Field(default=None, ge=1, description="steps that share V (nu)")
-    directions: int | None = Field(default=None, ge=1, description="directions per step")
+    directions: int | None = Field(default=None, ge=1, le=4096, description="directions per step")
     estimator: Literal["two-point", "one-sided"] | None = None
     momentum: float | None = Field(default=None, ge=0, lt=1)
     weight_decay: float | None = Field(default=None, ge=0)
@@ -71,13 +83,24 @@ class TrainConfig(Section):
     """How long, how much at a time, and what to keep."""
 
     steps: int = Field(default=1000, ge=1)
-    batch_size: int = Field(default=16, ge=1, description="examples per step")
-    seed: int = Field(default=0, ge=0, description="seed of directions and of the batch order")
+    batch_size: int = Field(default=16, ge=1, le=2**16, description="examples per step")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of directions and of the batch order")
     eval_every: int = Field(
         default=100, ge=1, description="steps between evaluations; also before the first and after the last"
     )
-    checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints; one more at the end")
-    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints to keep")
+    eval_minutes: float | None = Field(
+        default=None, gt=0, description="evaluate also when so many minutes have passed since the last time"
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="evaluations in a row without a better validation loss that end the run"
+    )
+    min_delta: float = Field(default=0.0, ge=0, description="what the validation loss must fall by to count as better")
+    checkpoint_every: int = Field(
+        default=500, ge=1, description="steps between checkpoints; also after the best evaluation so far and at the end"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="newest checkpoints to keep, besides that of the lowest validation loss"
+    )
     max_skipped: int = Field(default=10, ge=1, description="non-finite steps in a row before the run stops")
 
 
@@ -90,7 +113,14 @@ class RuntimeConfig(Section):
         description="keyed stochastic rounding, or a float32 copy of the weights",
     )
     max_tokens: int = Field(default=16384, ge=16, description="tokens per forward; larger batches are cut")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; default: PyTorch's")
+    threads: int | None = Field(default=None, ge=1, le=512, description="CPU threads; default: PyTorch's")
+
+
+class TrackConfig(Section):
+    """Who else is told how a run goes."""
+
+    tensorboard: bool = Field(default=True, description="event files in RUN/tensorboard")
+    wandb: str | None = Field(default=None, min_length=1, description="Weights & Biases project; needs package wandb")
 
 
 class Config(Section):
@@ -102,6 +132,7 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    track: TrackConfig = TrackConfig()
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -115,15 +146,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file is missing, is not TOML, or has an unknown key or a value that is not allowed.
     """
+    table = read(path)
+    for assignment in overrides:
+        _assign(table, assignment)
+    return parse(table, source=str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, unchecked.
+
+    Raises:
+        ConfigError: The file is missing or is not TOML.
+    """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    for assignment in overrides:
-        _assign(table, assignment)
-    return parse(table, source=str(path))
 
 
 def parse(table: dict[str, Any], source: str = "configuration") -> Config:
@@ -138,17 +178,27 @@ def parse(table: dict[str, Any], source: str = "configuration") -> Config:
 def _assign(table: dict[str, Any], assignment: str) -> None:
     """Carry out one ``section.key=value`` in place."""
     name, separator, text = assignment.partition("=")
-    *sections, key = name.strip().split(".")
-    if not separator or not key:
+    if not separator or not name.rpartition(".")[2].strip():
         raise ConfigError(f"cannot read the setting {assignment!r}: write it as section.key=value, e.g. train.steps=10")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    assign(table, name.strip(), value)
+
+
+def assign(table: dict[str, Any], name: str, value: Any) -> None:
+    """Set one key, given as ``section.key``, in nested tables.
+
+    Raises:
+        ConfigError: What ought to be a table holds something else.
+    """
+    *sections, key = name.split(".")
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"cannot set {name.strip()!r}: {section!r} is not a table")
-    try:
-        table[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[key] = text.strip()
+            raise ConfigError(f"cannot set {name!r}: {section!r} is not a table")
+    table[key] = value
 
 
 def _explain(problem: Any) -> str:
@@ -202,5 +252,7 @@ def dump(config: Config) -> str:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(each)}" for key, each in value.items()) + "}"
     # JSON's strings, lists of strings, numbers and booleans are also TOML's.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -34,6 +34,14 @@ class DivergedError(ZotuneError):
     """Too many steps in a row had a non-finite loss."""
 
 
+class StopRun(ZotuneError):
+    """Raised by a callback from ``step`` or ``evaluation``: the run ends early and cleanly, for the reason given."""
+
+
+class CallbackError(ZotuneError):
+    """A callback failed; the message names it. The run has every finished step."""
+
+
 class JournalError(ZotuneError):
     """A journal or checkpoint is missing, damaged or belongs to something else."""
 

@@ -1,73 +1,29 @@
 """The journal: one checksummed line per step, from which base weights become the weights of any step.
 
 The first line is the header. A record is written whole before its update is applied, handed to the operating system
-at once and synced to disk at least once a second while records come.
+at once and synced to disk at least once a second while records come. `zotune.records` has the form of the lines.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
-import math
 import os
 import time
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
 from zotune.errors import JournalError
+from zotune.records import Change, Contents, Entry, Header, differences, header_at, line, read
 
-VERSION = 1
+__all__ = ["Change", "Entry", "Header", "Journal", "locked", "read"]
+
 _SYNC_SECONDS = 1.0
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a run is; a journal is only ever continued or replayed where all of it matches.
-
-    Attributes:
-        seed: Of directions, rounding and batch order.
-        method: The method's fields.
-        steps: Length of the run, which the schedule needs.
-        batch_size: Examples per step.
-        model: Fingerprint of the base weights.
-        layout: Fingerprint of the sites.
-        data: Fingerprint of the training examples.
-        fold: How updates are folded.
-        version: Of the format.
-    """
-
-    seed: int
-    method: dict[str, Any]
-    steps: int
-    batch_size: int
-    model: str
-    layout: str
-    data: str
-    fold: str
-    version: int = VERSION
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One step.
-
-    Attributes:
-        step: Its number, from 0.
-        losses: One per probe; not finite if the step was skipped.
-        coefficients: One per direction; empty if the step was skipped.
-        lr: Learning rate that was applied.
-        batch: Checksum of the batch's example indices.
-    """
-
-    step: int
-    losses: tuple[float, ...]
-    coefficients: tuple[float, ...]
-    lr: float
-    batch: int
+_HINTS = {
+    "model": "Give the very checkpoint, revision and dtype that it began with.",
+    "layout": "The model's parameters in scope have other names or shapes than they had.",
+    "data": "Give the training rows that it began with.",
+}
 
 
 class Journal:
@@ -78,12 +34,15 @@ class Journal:
     Attributes:
         header: The first line.
         entries: All steps so far, in order; ``entries[i].step == i``.
+        changes: Settings that were changed on the way, in order.
         dropped: Whether the last line was torn, so that it does not count.
     """
 
-    def __init__(self, path: Path, header: Header, entries: list[Entry], sound: int, size: int) -> None:
-        self.path, self.header, self.entries, self.dropped = path, header, entries, sound < size
-        self._sound, self._size = sound, size
+    def __init__(self, path: Path, contents: Contents) -> None:
+        self.path, self.header = path, contents.header
+        self.entries, self.changes = contents.entries, contents.changes
+        self.dropped = contents.sound < contents.size
+        self._sound, self._size = contents.sound, contents.size
         self._file: int | None = None
         self._synced = time.monotonic()
 
@@ -94,10 +53,10 @@ class Journal:
         Raises:
             FileExistsError: There is one.
         """
-        line = _line(asdict(header))
+        first = line(header)
         with path.open("xb") as file:
-            file.write(line)
-        journal = cls(path, header, [], len(line), len(line))
+            file.write(first)
+        journal = cls(path, Contents(header, [], [], len(first), len(first), None))
         journal.claim()
         journal.sync()
         return journal
@@ -109,7 +68,7 @@ class Journal:
         Raises:
             JournalError: It cannot be read, is of another version, or a line before the last is damaged.
         """
-        return cls(path, *read(path))
+        return cls(path, read(path))
 
     def claim(self) -> None:
         """Open the file to append to it, as the only one who does.
@@ -117,20 +76,17 @@ class Journal:
         Raises:
             JournalError: Another process writes to it, or has since it was read.
         """
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise JournalError(f"another process is training in {self.path.parent}; wait for it or stop it") from None
-        except OSError:
-            # Some network file systems have no locks; what follows still finds a journal that grew.
-            pass
-        if os.fstat(file).st_size != self._size:
+        file = _lock(self.path)
+        # A journal that was put in the place of this one may by chance have its size.
+        if os.fstat(file).st_size != self._size or not os.path.samestat(os.fstat(file), os.stat(self.path)):
             os.close(file)
             raise JournalError(f"{self.path} has changed since it was read, so another process is training there")
         os.truncate(file, self._sound)
         self._file = file
+
+    def header_at(self, step: int) -> Header:
+        """The header with the settings that hold for ``step``, counted from 0."""
+        return header_at(self.header, self.changes, step)
 
     def require(self, header: Header) -> None:
         """Make sure that a run as ``header`` says may go on with this journal.
@@ -140,13 +96,11 @@ class Journal:
         Raises:
             JournalError: They differ; the message says in what.
         """
-        began, now = _fields(self.header), _fields(header)
-        for field in now:
-            if began.get(field) != now[field]:
-                raise JournalError(
-                    f"{self.path.parent} cannot go on: its {field} is not what it began with "
-                    f"(journal: {began.get(field)!r}, now: {now[field]!r})"
-                )
+        for field, (began, now) in differences(self.header_at(len(self.entries)), header).items():
+            raise JournalError(
+                f"{self.path.parent} cannot go on: its {field} is not what it began with "
+                f"(journal: {began!r}, now: {now!r}). {_HINTS.get(field, 'Set it back, or begin another run.')}"
+            )
 
     def append(self, entry: Entry) -> None:
         """Hand one record to the operating system, and to the disk if the last time is a second ago.
@@ -157,29 +111,41 @@ class Journal:
         """
         if entry.step != len(self.entries):
             raise ValueError(f"got the entry of step {entry.step}, but the next step is {len(self.entries)}")
-        record = asdict(entry)
-        record["losses"] = [loss if math.isfinite(loss) else None for loss in entry.losses]
-        line = _line(record)
+        record = line(entry)
         try:
-            written = os.write(self._descriptor(), line)
+            written = os.write(self._descriptor(), record)
         except OSError as error:
-            raise JournalError(f"cannot write to {self.path}: {error.strerror}") from error
-        if written < len(line):
-            raise JournalError(f"{self.path} could take only {written} of {len(line)} bytes; is the disk full?")
+            raise _unwritable(self.path, error) from error
+        if written < len(record):
+            os.truncate(self._descriptor(), self._sound)
+            raise JournalError(
+                f"{self.path} could take only {written} of {len(record)} bytes of a record, which is taken back; "
+                "if the disk is full, free space and resume the run"
+            )
+        self._sound += written
         self.entries.append(entry)
         if time.monotonic() - self._synced >= _SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        """Return when all records are on disk."""
-        os.fsync(self._descriptor())
+        """Return when all records are on disk.
+
+        Raises:
+            JournalError: They cannot be written there.
+        """
+        try:
+            os.fsync(self._descriptor())
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Sync and let the file go."""
-        self.sync()
-        os.close(self._descriptor())
-        self._file = None
+        """Sync and let the file go; errors as for `sync`."""
+        try:
+            self.sync()
+        finally:
+            os.close(self._descriptor())
+            self._file = None
 
     def _descriptor(self) -> int:
         if self._file is None:
@@ -187,70 +153,38 @@ class Journal:
         return self._file
 
 
-def read(path: Path) -> tuple[Header, list[Entry], int, int]:
-    """Header and entries of a journal, and the lengths in bytes of its sound part and of all of it.
-
-    Only a torn last line is passed over.
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, nobody can append to the journal at ``path``.
 
     Raises:
-        JournalError: See `Journal.open`.
+        JournalError: Another process writes to it.
     """
+    file = _lock(path)
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        yield
+    finally:
+        os.close(file)
+
+
+def _lock(path: Path) -> int:
+    """A descriptor of the journal, open to append, with the writer's lock."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
     except OSError as error:
-        raise JournalError(f"cannot read the journal {path}: {error.strerror}") from error
-    records = [_parse(line) for line in lines]
-    if records and records[-1] is None and len(records) > 1:
-        records.pop()
-    if not records or None in records:
-        bad = records.index(None) + 1 if records else 1
-        raise JournalError(
-            f"{path}: line {bad} of {len(lines)} is damaged; the {max(0, bad - 2)} steps before it can be trusted"
-        )
-    first, *rest = (record for record in records if record is not None)
-    if first.get("version") != VERSION:
-        raise JournalError(
-            f"{path} is a journal of version {first.get('version')!r}; this zotune reads version {VERSION}"
-        )
-    header = _build(path, 1, Header, first)
-    entries = [_build(path, number, _entry, record) for number, record in enumerate(rest, start=2)]
-    for number, entry in enumerate(entries):
-        if entry.step != number:
-            raise JournalError(f"{path}: line {number + 2} is step {entry.step}, but step {number} is due")
-    lengths = [len(line) for line in lines]
-    return header, entries, sum(lengths[: len(records)]), sum(lengths)
-
-
-def _fields(header: Header) -> dict[str, Any]:
-    """What must match for a run to go on, by name."""
-    values = asdict(header)
-    method = values.pop("method")
-    if method.get("schedule") == "constant":
-        del values["steps"]
-    return {**{f"method.{name}": value for name, value in method.items()}, **values}
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    body = json.dumps(record, separators=(",", ":"), allow_nan=False)
-    return f'{body[:-1]},"crc":"{zlib.crc32(body.encode()):08x}"}}\n'.encode()
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, or None if it is torn or damaged."""
-    body, mark, check = line.rpartition(b',"crc":"')
-    body += b"}"
-    if not mark or check != f'{zlib.crc32(body):08x}"}}\n'.encode():
-        return None
-    record = json.loads(body)
-    return record if isinstance(record, dict) else None
-
-
-def _build(path: Path, number: int, make: Callable[..., _T], record: dict[str, Any]) -> _T:
+        raise _unwritable(path, error) from error
     try:
-        return make(**record)
-    except TypeError as error:
-        raise JournalError(f"{path}: line {number} does not have the fields of version {VERSION}: {error}") from error
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise JournalError(f"another process is training in {path.parent}; wait for it or stop it") from None
+    except OSError:
+        # Some network file systems have no locks; `Journal.claim` still finds a journal that grew.
+        pass
+    return file
 
 
-def _entry(step: int, losses: Sequence[float | None], coefficients: Sequence[float], lr: float, batch: int) -> Entry:
-    return Entry(step, tuple(math.nan if x is None else x for x in losses), tuple(coefficients), lr, batch)
+def _unwritable(path: Path, error: OSError) -> JournalError:
+    return JournalError(
+        f"cannot write to {path}: {error.strerror}. Its records are whole; mend that and resume the run."
+    )

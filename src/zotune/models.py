@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from zotune import hub
 from zotune.config import ModelConfig
 from zotune.errors import ModelError
 from zotune.runtimes.precision import product_dtype
@@ -16,32 +17,65 @@ from zotune.runtimes.precision import product_dtype
 def load(config: ModelConfig) -> tuple[Any, Any]:
     """The model, in evaluation mode on its device, and its tokenizer.
 
+    A vision-language checkpoint is loaded whole; only its text model is ever run or tuned.
+
     Raises:
         ModelError: There is no such model, its files cannot be read or lack weights, or the device is not there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
     device = _device(config.device)
-    path = _folder_or_id(config.path)
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        options |= {"dtype": _dtype(config.dtype, device), "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
-    # What is raised depends on the versions of several libraries below, and all of it means the same to the user.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(
-            f"cannot load the model {config.path!r}: {reason.rstrip('.')}. "
-            "Give a folder with config.json, weights and tokenizer, or the id of a model on the hub."
-        ) from error
-    model, found = loaded
+    tokenizer = load_tokenizer(config)
+    options = {"dtype": _dtype(config.dtype, device), "output_loading_info": True}
+    model, found = _load(config, automatic_class(_load(config, AutoConfig)), **options)
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"the model {config.path!r} lacks {len(missing)} of its weights, among them {missing[0]}. transformers "
             "would fill them with random numbers; give a complete checkpoint of a causal language model."
         )
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if device.type == "cpu":
+        # They are mapped from the checkpoint's file, where the first write to every page is slow.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model, tokenizer
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer alone; same errors as `load`."""
+    from transformers import AutoTokenizer
+
+    return _load(config, AutoTokenizer)
+
+
+def automatic_class(config: Any) -> Any:
+    """transformers' automatic class for a configuration: a causal language model, or one that also sees."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    sees = config.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees and not causal and not remote else AutoModelForCausalLM
+
+
+def _load(config: ModelConfig, automatic: Any, **options: Any) -> Any:
+    """What an automatic class of transformers makes of the checkpoint, which is a folder or on the hub."""
+    path = _folder_or_id(config.path)
+    reachable = Path(path).is_dir() or hub.reachable()
+    options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        with hub.offline(not reachable):
+            return automatic.from_pretrained(path, **options)
+    # What is raised depends on the versions of several libraries below, and all of it means the same to the user.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not reachable:
+            reason = f"it is not in the local cache, and the Hugging Face hub cannot be reached: {hub.WITHOUT}"
+        raise ModelError(
+            f"cannot load the model {config.path!r}: {reason.rstrip('.')}. "
+            "Give a folder with config.json, weights and tokenizer, or the id of a model on the hub."
+        ) from error
 
 
 def context_length(model: Any) -> int:

@@ -75,9 +75,9 @@ class NoiseBlock:
         return _LOOKUPS[self.distribution](self._words(key))
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The tensors of a flat buffer, without a copy."""
+        """The tensors of a flat buffer ``(..., size)``, without a copy."""
         return [
-            flat[offset : offset + math.prod(shape)].view(shape)
+            flat[..., offset : offset + math.prod(shape)].unflatten(-1, shape)
             for offset, shape in zip(self._offsets, self.shapes, strict=True)
         ]
 

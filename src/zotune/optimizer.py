@@ -117,12 +117,19 @@ class Optimizer:
         """The update of a step without an estimate: the weights stay, but a window still closes in its time."""
         return self.update(proposal.step, ())
 
-    def update(self, step: int, coefficients: Sequence[float]) -> Update:
-        """The update of ``step`` with known coefficients, as a journal holds them; none for a skipped step."""
+    def update(self, step: int, coefficients: Sequence[float], lr: float | None = None) -> Update:
+        """The update of ``step`` with known coefficients, as a journal holds them; none for a skipped step.
+
+        Args:
+            step: Its number, from 0.
+            coefficients: One per direction, or none.
+            lr: The learning rate that a journal has for the step; default: the schedule's.
+        """
         proposal, method = self.ask(step), self.method
         keys = dict.fromkeys(probe.key for probe in proposal.probes if probe.key is not None)
         terms = tuple(zip(keys, coefficients, strict=True)) if coefficients else ()
-        lr = method.lr * factor(method.schedule, step, self.steps, method.warmup_steps)
+        if lr is None:
+            lr = method.lr * factor(method.schedule, step, self.steps, method.warmup_steps)
         closes = method.family == "low-rank" and (step + 1) % method.interval == 0
         return Update(step, proposal.window, terms, lr, closes)
 

@@ -1,14 +1,14 @@
-"""The picture of a run: loss and accuracy over the steps."""
+"""The picture of a run: loss and score over the steps."""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from zotune.errors import JournalError
+from zotune import metrics
+from zotune.errors import ConfigError, unknown
+from zotune.metrics import RunMetrics, number
 from zotune.progress import Smoothed, percent
 
 if TYPE_CHECKING:
@@ -19,120 +19,73 @@ INK = "#2b2d42"
 MUTED = "#8d99ae"
 LOSS = "#3a6ea5"
 EVALUATION = "#d1495b"
-ACCURACY = "#2a9d8f"
+SCORE = "#2a9d8f"
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What ``metrics.jsonl`` holds, ascending by step; of two lines for one step the later counts."""
+def plot(run: Path, out: Path | None = None) -> Path:
+    """Draw the picture of a run from its ``metrics.jsonl``.
 
-    steps: tuple[dict[str, Any], ...]
-    evaluations: tuple[dict[str, Any], ...]
-
-
-def plot(run: Path) -> Path:
-    """Draw ``curves.png`` into a run directory from its ``metrics.jsonl``.
+    Args:
+        run: The run directory.
+        out: The picture; its ending says in which format. Default: ``curves.png`` in the run directory.
 
     Raises:
         JournalError: There are no metrics, or a line of them is damaged.
+        ConfigError: The picture cannot be written, or in no such format.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    metrics = read_metrics(run)
-    figure = draw(metrics, title=run.resolve().name)
-    FigureCanvasAgg(figure)
-    path = run / "curves.png"
-    figure.savefig(path, dpi=150)
-    return path
+    return save(draw(metrics.read(run), title=run.resolve().name), out or run / "curves.png")
 
 
-def read_metrics(run: Path) -> Metrics:
-    """Read ``metrics.jsonl`` of a run directory. A last line without its end, as a killed process leaves, is ignored.
-
-    Raises:
-        JournalError: The file is missing or holds no step and no evaluation, or another line is damaged.
-    """
-    path = run / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise JournalError(f"cannot read the metrics {path}: {error.strerror}; is {run} a run directory?") from error
-    kinds: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "eval": {}}
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-            kinds[record["kind"]][record["step"]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise JournalError(f"line {number} of {path} is damaged: {line[:60]!r}; remove it to go on") from error
-    if not kinds["step"] and not kinds["eval"]:
-        raise JournalError(f"{path} holds no step and no evaluation yet, so there is nothing to draw")
-    steps, evaluations = (tuple(records[step] for step in sorted(records)) for records in kinds.values())
-    return Metrics(steps, evaluations)
-
-
-def draw(metrics: Metrics, title: str) -> Figure:
-    """The figure: loss, and beside it accuracy where the evaluations have one."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    accuracies = [record for record in metrics.evaluations if record["accuracy"] is not None]
-    panels = 2 if accuracies else 1
-    figure = Figure(figsize=(6 * panels, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1, wspace=0.04))
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+def draw(run: RunMetrics, title: str) -> Figure:
+    """The figure of one run: loss, and beside it the score where the evaluations have one."""
+    figure, axes = panels(2 if run.score_name else 1)
     figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", parse_math=False)
-    _draw_loss(axes[0], metrics)
-    if accuracies:
-        _draw_accuracy(axes[1], accuracies)
-    for panel in axes:
-        _style(panel)
+    draw_loss(axes[0], run)
+    if run.score_name:
+        draw_score(axes[1], run, run.score_name)
     return figure
 
 
-def _draw_loss(axes: Axes, metrics: Metrics) -> None:
-    steps = [record["step"] for record in metrics.steps]
-    losses = [_number(record["loss"]) for record in metrics.steps]
+def draw_loss(axes: Axes, run: RunMetrics) -> None:
+    """Loss of each batch, smoothed, and on the validation rows."""
+    steps = [record["step"] for record in run.steps]
+    losses = [number(record["loss"]) for record in run.steps]
     average = Smoothed()
-    smoothed = [_number(average.add(loss)) for loss in losses]
+    smoothed = [number(average.add(loss)) for loss in losses]
     if steps:
         axes.plot(steps, losses, color=LOSS, alpha=0.25, linewidth=0.9, label="batch")
         axes.plot(steps, smoothed, color=LOSS, linewidth=2, label="batch, smoothed")
-    if metrics.evaluations:
+    if run.evaluations:
         axes.plot(
-            [record["step"] for record in metrics.evaluations],
-            [_number(record["loss"]) for record in metrics.evaluations],
+            [record["step"] for record in run.evaluations],
+            [number(record["loss"]) for record in run.evaluations],
             color=EVALUATION, marker="o", markersize=5, linewidth=1.5, label="validation",
         )  # fmt: skip
     axes.set_ylabel("loss")
     axes.legend(frameon=False, labelcolor=INK, fontsize=10)
 
 
-def _draw_accuracy(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    steps = [record["step"] for record in evaluations]
-    shares = [record["accuracy"] for record in evaluations]
-    axes.plot(steps, shares, color=ACCURACY, marker="o", markersize=5, linewidth=2)
+def draw_score(axes: Axes, run: RunMetrics, name: str) -> None:
+    """Accuracy, or what stands for it, on the validation rows."""
+    known = [record for record in run.evaluations if record.get(name) is not None]
+    steps = [record["step"] for record in known]
+    shares = [record[name] for record in known]
+    axes.plot(steps, shares, color=SCORE, marker="o", markersize=5, linewidth=2)
     _annotate(axes, steps[-1], shares[-1], above=True)
     if len(steps) > 1:
         # Away from the curve, which leaves the first point upwards when all goes well.
         _annotate(axes, steps[0], shares[0], above=shares[0] > shares[1])
-    axes.margins(x=0.08, y=0.15)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    axes.set_ylabel("validation accuracy")
+    axes.margins(x=0.12, y=0.15)
+    in_percent(axes)
+    axes.set_ylabel(score_label(name))
 
 
-def _annotate(axes: Axes, step: int, share: float, *, above: bool) -> None:
-    axes.annotate(
-        percent(share), (step, share), xytext=(0, 10 if above else -10), textcoords="offset points",
-        ha="center", va="bottom" if above else "top", color=INK, fontsize=10, fontweight="bold",
-    )  # fmt: skip
-
-
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """The look that all panels share."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
@@ -141,6 +94,54 @@ def _style(axes: Axes) -> None:
         label.set(color=INK, fontsize=11)
 
 
-def _number(value: float | None) -> float:
-    """NaN, which leaves a gap in the curve, for what is missing or not finite."""
-    return value if value is not None and math.isfinite(value) else math.nan
+def panels(count: int) -> tuple[Figure, Sequence[Axes]]:
+    """An empty figure with panels side by side."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(
+        figsize=(6 * count if count < 3 else 15, 4.2),
+        layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1, wspace=0.04),
+    )
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for each in axes:
+        style(each)
+    return figure, axes
+
+
+def save(figure: Figure, out: Path) -> Path:
+    """Write a figure in the format that the ending of ``out`` names.
+
+    Raises:
+        ConfigError: It cannot be written, or there is no such format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    formats = FigureCanvasAgg(figure).get_supported_filetypes()
+    if out.suffix.lstrip(".").lower() not in formats:
+        raise ConfigError(unknown("picture format", out.suffix, (f".{name}" for name in formats)))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"cannot write the picture {out}: {error.strerror or error}") from error
+    return out
+
+
+def score_label(name: str) -> str:
+    """An axis' label for a score."""
+    return f"validation {name.replace('_', ' ')}"
+
+
+def in_percent(axes: Axes) -> None:
+    """Label the y axis' shares in percent."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+
+
+def _annotate(axes: Axes, step: int, share: float, *, above: bool) -> None:
+    axes.annotate(
+        percent(share), (step, share), xytext=(0, 10 if above else -10), textcoords="offset points",
+        ha="center", va="bottom" if above else "top", color=INK, fontsize=10, fontweight="bold",
+    )  # fmt: skip

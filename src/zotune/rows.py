@@ -49,7 +49,9 @@ class Example:
     Attributes:
         row: Its tokens.
         gold: Index of the right candidate (0 when there is one candidate, a completion).
+        answers: Texts that are right when the model writes on from the prompt; empty where none are known.
     """
 
     row: Row
     gold: int = 0
+    answers: tuple[str, ...] = ()

@@ -4,7 +4,8 @@ config.toml      the resolved configuration
 manifest.json    versions, hardware and command line
 journal.jsonl    one record per step; with the base model it is the fine-tune
 metrics.jsonl    what people and plots read: steps and evaluations
-checkpoints/     states to resume from without replaying everything
+predictions.jsonl  what the model answered at each evaluation
+checkpoints/     states to resume from without replaying everything, the newest and the best
 curves.png       loss and accuracy
 """
 
@@ -14,16 +15,19 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from zotune import tasks
+from zotune import metrics, tasks
 from zotune.config import Config, MethodConfig, dump, load
 from zotune.errors import ConfigError, JournalError, RunExistsError
-from zotune.evaluate import Metrics
+from zotune.evaluate import Evaluation, Metrics
+from zotune.journal import Header, Journal
 from zotune.presets import resolve
 
 _PACKAGES = ("zotune", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -37,11 +41,12 @@ class RunDirectory:
         self.config = path / "config.toml"
         self.journal = path / "journal.jsonl"
         self.metrics = path / "metrics.jsonl"
+        self.predictions = path / "predictions.jsonl"
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def create(cls, config: Config) -> RunDirectory:
-        """Make the directory with its configuration and manifest.
+    def create(cls, config: Config, header: Header) -> RunDirectory:
+        """Make the directory with its configuration, its manifest and the head of its journal, all at once.
 
         Raises:
             RunExistsError: It exists.
@@ -49,12 +54,17 @@ class RunDirectory:
         """
         run = cls(Path(config.output))
         run.refuse_existing()
+        # What is there under the run's name can always be resumed, whenever the process is killed.
+        draft = cls(run.path.with_name(f".{run.path.name}.{os.getpid()}.part"))
         try:
-            run.path.mkdir(parents=True)
+            draft.path.mkdir(parents=True)
+            draft.write_config(config)
+            (draft.path / "manifest.json").write_text(json.dumps(manifest(), indent=2) + "\n")
+            Journal.create(draft.journal, header).close()
+            draft.path.rename(run.path)
         except OSError as error:
+            shutil.rmtree(draft.path, ignore_errors=True)
             raise ConfigError(f"output: cannot make the run directory {run.path}: {error.strerror}") from error
-        run.write_config(config)
-        (run.path / "manifest.json").write_text(json.dumps(manifest(), indent=2) + "\n")
         return run
 
     def refuse_existing(self) -> None:
@@ -78,36 +88,101 @@ class RunDirectory:
 
     def write_config(self, config: Config) -> None:
         """Replace the configuration, whole or not at all."""
-        draft = self.config.with_suffix(".part")
-        draft.write_text(dump(config), encoding="utf-8")
-        os.replace(draft, self.config)
+        _replace(self.config, dump(config).encode())
 
     def reopen(self, config: Config) -> None:
-        """Make ready for more steps: another configuration, and metrics without the torn line of a killed process."""
-        self.write_config(config)
-        if self.metrics.is_file():
-            os.truncate(self.metrics, self.metrics.read_bytes().rfind(b"\n") + 1)
+        """Make ready for more steps: another configuration, and no line that a crash or a bad disk has damaged.
+
+        Raises:
+            JournalError: The directory cannot be written to.
+        """
+        try:
+            self.write_config(config)
+            _keep_lines(self.metrics, lambda line: metrics.parse(line) is not None)
+            _keep_lines(self.predictions, _is_json)
+        except OSError as error:
+            raise self._cannot_write(self.path, error) from error
 
     def add_metrics(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Append one line to the metrics and return it as written, with null for what is not finite."""
+        """Append one line to the metrics and return it as written, with null for what is not finite.
+
+        Raises:
+            JournalError: It cannot be written, for example because the disk is full.
+        """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._append(self.metrics, clean)
         return clean
 
-    def evaluations(self) -> dict[int, Metrics]:
-        """The evaluations recorded so far, by finished steps."""
+    def add_predictions(self, step: int, found: Evaluation) -> None:
+        """Append what the model answered after so many steps; of two lines for one step the later counts.
+
+        Raises:
+            JournalError: As for `add_metrics`.
+        """
+        self._append(self.predictions, {"step": step, "predicted": list(found.predicted), "right": list(found.right)})
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise self._cannot_write(path, error) from error
+
+    def _cannot_write(self, path: Path, error: OSError) -> JournalError:
+        return JournalError(
+            f"cannot write to {path}: {error.strerror}. The journal has every finished step: "
+            f"mend that, then go on with 'zotune resume {self.path}'."
+        )
+
+    def evaluations(self, upto: int | None = None) -> dict[int, Metrics]:
+        """The evaluations recorded so far, or after at most ``upto`` steps, by finished steps."""
         found = {}
-        if self.metrics.is_file():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if record["kind"] == "eval":
-                    loss = math.nan if record["loss"] is None else record["loss"]
-                    found[record["step"]] = Metrics(loss, record["accuracy"], record["examples"])
+        for record in self._records("eval"):
+            if upto is not None and record["step"] > upto:
+                continue
+            loss = math.nan if record["loss"] is None else record["loss"]
+            shares = [record.get(name) for name in ("exact_match", "f1")]
+            found[record["step"]] = Metrics(loss, record.get("accuracy"), record.get("examples", 0), *shares)
         return found
+
+    def recorded_steps(self) -> set[int]:
+        """The steps that have a line in the metrics, counted from 1."""
+        return {record["step"] for record in self._records("step")}
+
+    def _records(self, kind: str) -> Iterator[dict[str, Any]]:
+        """The metrics of a kind; a line that is damaged is passed over."""
+        if not self.metrics.is_file():
+            return
+        for line in self.metrics.read_bytes().split(b"\n"):
+            if (record := metrics.parse(line)) is not None and record["kind"] == kind:
+                yield record
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a file in the place of another, whole or not at all."""
+    draft = path.with_suffix(".part")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _keep_lines(path: Path, sound: Callable[[bytes], bool]) -> None:
+    """Drop the lines of a file that are not sound; if all are, the file stays as it is."""
+    if path.is_file():
+        content = path.read_bytes()
+        kept = b"".join(line + b"\n" for line in content.split(b"\n") if sound(line))
+        if kept != content:
+            _replace(path, kept)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def manifest() -> dict[str, Any]:

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level
 
@@ -100,6 +100,8 @@ def test_notices_tell_balance_truncation_and_missing_rows(tmp_path):
         "train: 5 rows, terrible 40.0 %, great 60.0 %",
         "train: 1 of 5 prompts cut at the left, to fit 64 tokens",
         "validation: 1 rows, terrible 100.0 %, great 0.0 %",
+        "validation: only 0.0 % of the rows are 'great'",
+        "validation: always 'terrible' would be right in 100.0 %; accuracy counts from there",
     )
     assert max(len(example.row.prompt) + 1 for example in data.train) == CONTEXT
 
@@ -154,6 +156,7 @@ def test_bad_data(tmp_path):
             load(given_config, TOKENIZER, CONTEXT)
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 30), batch_size=st.integers(1, 70), seed=st.integers(0, 2**64), epochs=st.integers(1, 3))
 def test_every_epoch_is_a_permutation(n, batch_size, seed, epochs):
     order = BatchOrder(n, batch_size, seed)
@@ -164,6 +167,7 @@ def test_every_epoch_is_a_permutation(n, batch_size, seed, epochs):
         assert sorted(taken[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
+@settings(deadline=None)
 @given(step=st.integers(0, 10**9), others=st.lists(st.integers(0, 10**4), max_size=6))
 def test_the_order_is_a_function_of_the_step_alone(step, others):
     expected = BatchOrder(37, 16, 5).indices(step)

@@ -100,6 +100,7 @@ def test_completion():
         ({"prompt": "{text}", "candidates": [" a", " b"]}, "data.label is missing"),
         ({"prompt": "{text}", "label": "label"}, "data.candidates is missing"),
         ({**REVIEWS, "candidates": [" a"]}, "has 1 entries"),
+        ({"prompt": "{text}", "completion": "{text}", "loss": "gold"}, "data.loss is set"),
         ({**REVIEWS, "prompt": "{text"}, "data.prompt: cannot read the template"),
     ],
 )

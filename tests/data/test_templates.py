@@ -1,9 +1,21 @@
 import pytest
 
-from zotune.data.templates import Template, lookup
+from zotune.data.templates import Template, lookup, texts
 from zotune.errors import DataError
 
-ROW = {"text": "a film", "stars": 4, "share": 0.5, "none": None, "many": ["a"], "a b": "spaced"}
+ROW = {
+    "text": "a film",
+    "stars": 4,
+    "share": 0.5,
+    "none": None,
+    "many": ["a"],
+    "a b": "spaced",
+    "answers": {"text": ["nine", "9"]},
+    "answers.text.1": "a field of its own",
+    "nan": float("nan"),
+    "endless": float("-inf"),
+    "torn": "a \ud83d",
+}
 
 
 @pytest.mark.parametrize(
@@ -13,6 +25,8 @@ ROW = {"text": "a film", "stars": 4, "share": 0.5, "none": None, "many": ["a"], 
         ("{stars} stars: {text}", "4 stars: a film"),
         ("{{text}} {share}", "{text} 0.5"),
         ("{a b}", "spaced"),
+        ("{answers.text.0} {many.0}", "nine a"),
+        ("{answers.text.1}", "a field of its own"),
         ("no fields\n", "no fields\n"),
         ("", ""),
     ],
@@ -39,7 +53,33 @@ def test_a_field_that_is_not_there_is_named_with_the_nearest_and_all_others():
         assert part in message
 
 
-@pytest.mark.parametrize(("field", "got"), [("none", "nothing"), ("many", "a list")])
+@pytest.mark.parametrize(
+    ("field", "got"),
+    [
+        ("none", "nothing"),
+        ("many", "a list"),
+        ("answers", "a dict"),
+        ("answers.text", "a list"),
+        ("nan", "nan"),
+        ("endless", "-inf"),
+        ("torn", r"'\\ud83d' at character 2, half of a surrogate pair"),
+    ],
+)
 def test_fields_without_text_are_refused(field, got):
     with pytest.raises(DataError, match=rf"row 2: the field '{field}' holds {got}"):
         lookup(ROW, field, "row 2", "data.label")
+
+
+@pytest.mark.parametrize("field", ["answers.txt", "answers.text.2", "answers.text.-1", "many.0.0", "text.0"])
+def test_a_nested_field_that_is_not_there_is_named_with_what_holds_it(field):
+    parent, _, name = field.rpartition(".")
+    with pytest.raises(DataError, match=rf"row 2: the field '{parent}' has no '{name}' in it"):
+        lookup(ROW, field, "row 2", "data.label")
+
+
+def test_one_text_or_several():
+    assert texts(ROW, "text", "row 2", "data.answers") == ("a film",)
+    assert texts(ROW, "stars", "row 2", "data.answers") == ("4",)
+    assert texts({"a": ["x", 1, "x"]}, "a", "row 2", "data.answers") == ("x", "1")
+    with pytest.raises(DataError, match=r"data\.answers: row 2: the field 'a\.1' holds nothing"):
+        texts({"a": ["x", None]}, "a", "row 2", "data.answers")

@@ -1,6 +1,6 @@
 """Reading a pack back, independently of how it was made."""
 
-from zotune.runtimes.packing import BranchGroup, Pack
+from zotune.runtimes.packing import Pack
 
 
 def contexts(pack: Pack) -> list[list[int]]:
@@ -8,8 +8,10 @@ def contexts(pack: Pack) -> list[list[int]]:
     found: list[list[int]] = []
     for group in pack.groups:
         assert group.start == len(found), "groups must tile the block"
-        for number in range(group.count):
-            first = group.start + number * group.length
-            before = group.prompts[number].tolist() if isinstance(group, BranchGroup) else []
-            found += [[*before, *range(first, first + length)] for length in range(1, group.length + 1)]
+        length, keys = group.queries.shape[1], group.keys.tolist()
+        before = group.keys.shape[1] - length
+        for place in group.real.tolist():
+            row, at = divmod(place, length)
+            found.append(keys[row][: before + at + 1])
+        assert group.stop == len(found), "groups must tile the block"
     return found

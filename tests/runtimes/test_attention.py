@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from zotune.errors import ModelError
 from zotune.rows import Candidate, Row
+from zotune.runtimes import attention
 from zotune.runtimes.attention import attending, packed_attention
-from zotune.runtimes.packing import BranchGroup, Pack, PromptGroup, pack
+from zotune.runtimes.packing import Pack, pack
 from zotune.testing import tiny
 
 BLOCKS, WIDTH = 3, 8
@@ -51,19 +52,28 @@ def attend(packed: Pack, q: Tensor, k: Tensor, v: Tensor, **options: float | Non
     return output
 
 
+def row(prompt: int, *branches: int) -> Row:
+    """A row with a prompt and candidates of these many tokens."""
+    return Row((5,) * prompt, tuple(Candidate((6,) * length, (0,)) for length in branches))
+
+
 PACKS = {
     "prompts": pack(tiny.rows("single", 6, seed=1, longest=9), normalised=True),
     "branches": pack(tiny.rows("multi", 6, seed=2, longest=9), normalised=True),
-    "one token": pack([Row((5,), (Candidate((6,), (0,)),))], normalised=True),
-    "one-token branches": pack([Row((5, 7), (Candidate((6, 8), (0,)), Candidate((9, 8), (1,))))], normalised=True),
+    "one token": pack([row(1, 1)], normalised=True),
+    "one-token branches": pack([row(2, 2, 2)], normalised=True),
+    "full groups": pack([row(16, 17), row(16, 17)], normalised=True),
+    "long": pack([row(70, 9), row(80, 1), row(80, 1), row(60, 3, 2), row(3, 66)], normalised=True),
 }
 
 
 def test_the_packs_hold_what_is_to_be_tested() -> None:
     groups = [group for packed in PACKS.values() for group in packed.groups]
-    for kind in (PromptGroup, BranchGroup):
-        of_kind = [group for group in groups if isinstance(group, kind)]
-        assert {group.length == 1 for group in of_kind} == {group.count == 1 for group in of_kind} == {True, False}
+    for is_branches in (False, True):
+        of_kind = [group for group in groups if (group.keys.shape != group.queries.shape) == is_branches]
+        assert {group.keys.shape[1] > attention._SHORT for group in of_kind} == {True, False}
+        assert {len(group.real) < group.queries.numel() for group in of_kind} == {True, False}
+        assert {len(group.queries) == 1 for group in of_kind} == {True, False}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from packed import contexts
 
 from zotune.rows import Candidate, Row
-from zotune.runtimes.packing import Pack, PromptGroup, cut, pack
+from zotune.runtimes.packing import Pack, cut, pack
 
 TOKENS = st.integers(0, 9)
 
@@ -23,8 +24,8 @@ def candidates(draw: st.DrawFn, longest: int) -> Candidate:
 
 
 @st.composite
-def rows(draw: st.DrawFn, longest: int = 4) -> tuple[Row, ...]:
-    prompts = st.lists(TOKENS, min_size=1, max_size=5).map(tuple)
+def rows(draw: st.DrawFn, longest: int = 18) -> tuple[Row, ...]:
+    prompts = st.lists(TOKENS, min_size=1, max_size=18).map(tuple)
     made = st.builds(Row, prompts, st.lists(candidates(longest), min_size=1, max_size=3).map(tuple))
     return tuple(draw(st.lists(made, min_size=1, max_size=6)))
 
@@ -79,22 +80,23 @@ def test_kept_and_picked_point_at_the_scored_tokens(batch: tuple[Row, ...], norm
 
 @settings(deadline=None)
 @given(batch=rows())
-def test_equal_lengths_lie_side_by_side(batch: tuple[Row, ...]) -> None:
+def test_about_equal_lengths_are_one_group(batch: tuple[Row, ...]) -> None:
     packed = pack(batch, normalised=True)
     branches = {
-        (len(candidate.tokens), len(row.prompt))
+        (math.ceil((len(candidate.tokens) - 1) / 16), len(row.prompt))
         for row in batch
         for candidate in row.candidates
         if len(candidate.tokens) > 1
     }
-    assert len(packed.groups) == len({len(row.prompt) for row in batch}) + len(branches)
+    assert len(packed.groups) == len({math.ceil(len(row.prompt) / 16) for row in batch}) + len(branches)
+    assert all(group.queries.shape[1] % 16 == 0 for group in packed.groups)
 
 
 @settings(deadline=None)
 @given(batch=rows(longest=1))
 def test_single_tokens_cost_their_prompt_and_their_rows_of_the_head(batch: tuple[Row, ...]) -> None:
     packed = pack(batch, normalised=False)
-    assert all(isinstance(group, PromptGroup) for group in packed.groups)
+    assert all(torch.equal(group.keys, group.queries) for group in packed.groups)
     assert len(packed.tokens) == sum(len(row.prompt) for row in batch)
     assert len(packed.kept) == len(batch)
     assert packed.vocabulary is not None

@@ -28,6 +28,8 @@ from zotune.testing.official import OfficialLozo
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _SCOPES = ("linear", "all")
+_TURN = 3
+"""Steps in a row of either side: in a run, too, a step follows a step and not another program."""
 
 
 @dataclass(frozen=True)
@@ -230,23 +232,29 @@ class _Timing:
 
 
 def _alternate(stepper: Stepper, official: Callable[[int], float], repeats: int) -> _Timing:
-    """Warm both up, then time them in turn on the same batches."""
+    """Warm both up, then time them in turn, a few steps at a time, on the same batches."""
     device, timings = stepper.device, stepper.runtime.timings
     product = product_dtype(next(stepper.setting.model.parameters()).dtype, device.type)
     stepper.step(0)
     official(0)
     timings.update(dict.fromkeys(timings, 0.0))
     ours, theirs, peaks = [], [], []
-    for number in range(1, repeats + 1):
-        ours.append(_seconds(stepper.step, number, device))
-        theirs.append(_seconds(official, number, device))
+    for start in range(1, repeats + 1, _TURN):
+        turn = range(start, min(start + _TURN, repeats + 1))
+        ours += [_seconds(stepper.step, number, device) for number in turn]
+        theirs += [_seconds(official, number, device) for number in turn]
         # In the same minutes as the steps, because on a shared machine the peak moves as much as they do.
         peaks.append(work.matmul_peak(product, device))
     phases = {name: seconds / repeats for name, seconds in timings.items()}
     phases["other"] = mean(ours) - sum(phases.values())
+    folds = [_fold_seconds(stepper, device) for _ in range(3)]
+    return _Timing(ours, theirs, median(folds), phases, max(peaks))
+
+
+def _fold_seconds(stepper: Stepper, device: torch.device) -> float:
     start = work.clock(device)
     stepper.fold()
-    return _Timing(ours, theirs, work.clock(device) - start, phases, max(peaks))
+    return work.clock(device) - start
 
 
 def _seconds(side: Callable[[int], float], number: int, device: torch.device) -> float:

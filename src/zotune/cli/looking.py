@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,27 +20,53 @@ if TYPE_CHECKING:
     from zotune.presets import Preset
 
 
+class XAxis(Enum):
+    """What the x axis of an overlay counts."""
+
+    STEPS = "steps"
+    SECONDS = "seconds"
+    FORWARDS = "forwards"
+
+
 @app.command("eval")
-def evaluate(path: RunPath, as_json: AsJson = False) -> None:
+def evaluate(
+    path: RunPath,
+    best: Annotated[bool, typer.Option("--best", help="Those of the lowest validation loss on record.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Evaluate the newest weights of a run on its validation rows."""
     from zotune.train import evaluate_run
 
-    metrics = evaluate_run(path)
+    metrics = evaluate_run(path, best)
     if as_json:
         print_json({"run": str(path), **asdict(metrics)})
     else:
-        accuracy = "" if metrics.accuracy is None else f"  accuracy {percent(metrics.accuracy)}"
-        typer.echo(f"loss {metrics.loss:.3f}{accuracy}  on {metrics.examples} validation rows")
+        shares = "".join(f"  {name} {percent(share)}" for name, share in metrics.shares.items())
+        typer.echo(f"loss {metrics.loss:.3f}{shares}  on {metrics.examples} validation rows")
 
 
 @app.command()
-def plot(path: RunPath, as_json: AsJson = False) -> None:
-    """Draw loss and accuracy of a run into RUN/curves.png."""
-    from zotune.plots import plot as draw
+def plot(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Picture, .png, .svg or .pdf. Default: RUN/curves.png, or overlay.png for several runs."),
+    ] = None,
+    x: Annotated[XAxis, typer.Option("--x", help="What the x axis counts.")] = XAxis.STEPS,
+    as_json: AsJson = False,
+) -> None:
+    """Draw loss and accuracy of a run, or of several over each other."""
+    if len(paths) == 1 and x is XAxis.STEPS:
+        from zotune.plots import plot as draw
 
-    picture = draw(path)
+        picture = draw(paths[0], out)
+    else:
+        from zotune.overlays import overlay
+
+        picture = overlay(paths, out or Path("overlay.png"), x.value)
     if as_json:
-        print_json({"run": str(path), "plot": str(picture)})
+        which = {"run": str(paths[0])} if len(paths) == 1 else {"runs": [str(path) for path in paths]}
+        print_json(which | {"plot": str(picture)})
     else:
         typer.echo(picture)
 

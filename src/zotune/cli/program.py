@@ -22,6 +22,7 @@ from zotune.errors import ZotuneError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout and all else on stderr.")]

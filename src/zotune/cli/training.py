@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from zotune.cli.program import INTERRUPTED, AsJson, RunPath, app, command_line, print_json
+from zotune.cli.program import INTERRUPTED, TERMINATED, AsJson, RunPath, app, command_line, print_json
 from zotune.progress import Reporter, duration, percent, reporter
+from zotune.signals import Terminated
 
 if TYPE_CHECKING:
+    from zotune.config import Config
     from zotune.evaluate import Metrics
     from zotune.train import Summary
 
@@ -26,12 +29,18 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of CONFIG, e.g. train.steps=10. Repeatable."),
     ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Show rows, sites, memory and time, and train nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train as CONFIG says, into a new run directory."""
     from zotune import config as configuration
 
     chosen = configuration.load(config, overrides or ())
+    if dry:
+        _rehearse(chosen, as_json)
+        return
 
     def work(live: Reporter) -> Summary:
         from zotune.train import start
@@ -39,6 +48,18 @@ def run(
         return start(chosen, live)
 
     _train(Path(chosen.output), work, as_json)
+
+
+def _rehearse(chosen: Config, as_json: bool) -> None:
+    from zotune.dryrun import dry_run
+
+    found = dry_run(chosen)
+    if as_json:
+        print_json(found.record())
+    else:
+        shown = Text(str(found))
+        shown.highlight_regex("⟦[^⟧]*⟧", "bold green")
+        Console().print(shown, soft_wrap=True)
 
 
 @app.command()
@@ -82,12 +103,13 @@ def _train(path: Path, work: Callable[[Reporter], Summary], as_json: bool) -> No
     live = reporter(console)
     try:
         summary = work(live)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as end:
         live.finish()
         started = (path / "journal.jsonl").exists()
         hint = f"; go on with: {command_line('resume', path)}" if started else " before the first step"
-        typer.echo(f"interrupted{hint}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        word, code = ("terminated", TERMINATED) if isinstance(end, Terminated) else ("interrupted", INTERRUPTED)
+        typer.echo(f"{word}{hint}", err=True)
+        raise typer.Exit(code) from None
     finally:
         live.finish()
     from zotune.plots import plot as draw
@@ -106,9 +128,15 @@ def _outcome_record(summary: Summary, picture: Path) -> dict[str, Any]:
         "loss_after": summary.last.loss,
         "accuracy_before": summary.first.accuracy,
         "accuracy_after": summary.last.accuracy,
+        "exact_match_before": summary.first.exact_match,
+        "exact_match_after": summary.last.exact_match,
+        "f1_before": summary.first.f1,
+        "f1_after": summary.last.f1,
         "examples": summary.last.examples,
         "train_seconds": summary.seconds,
         "skipped": summary.skipped,
+        "best_step": summary.best,
+        "stopped": summary.stopped,
         "plot": str(picture),
     }
 
@@ -117,14 +145,18 @@ def _outcome(summary: Summary, picture: Path) -> str:
     """The closing text of a training command."""
     first, last = summary.first, summary.last
     skipped = f", {summary.skipped} skipped" if summary.skipped else ""
+    stopped = ", stopped early" if summary.stopped else ""
+    better = summary.best is not None and 0 < summary.best < summary.steps
+    best = [f"best      step {summary.best}: {command_line('eval', summary.path, '--best')}"] if better else []
     return "\n".join(
         (
             "",
             f"on {last.examples} validation rows     before      after",
             *_before_and_after(first, last),
             "",
-            f"{summary.steps} steps{skipped}, {duration(summary.seconds)} of training",
+            f"{summary.steps} steps{skipped}{stopped}, {duration(summary.seconds)} of training",
             f"picture   {picture}",
+            *best,
             f"evaluate  {command_line('eval', summary.path)}",
             f"resume    {command_line('resume', summary.path, *_extension(summary))}",
         )
@@ -133,8 +165,8 @@ def _outcome(summary: Summary, picture: Path) -> str:
 
 def _before_and_after(first: Metrics, last: Metrics) -> list[str]:
     lines = [f"{'loss':24}{first.loss:>10.3f} {last.loss:>10.3f}"]
-    if first.accuracy is not None and last.accuracy is not None:
-        lines.append(f"{'accuracy':24}{percent(first.accuracy):>10} {percent(last.accuracy):>10}")
+    before, after = first.shares, last.shares
+    lines += [f"{name:24}{percent(before[name]):>10} {percent(after[name]):>10}" for name in before if name in after]
     return lines
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from zotune import tasks
 from zotune.config import DataConfig
+from zotune.data import report
 from zotune.data.encode import Encoded, Encoder
-from zotune.data.forms import Numbered, form
-from zotune.data.sources import File, Hub, Records, locate
-from zotune.data.templates import Record
+from zotune.data.forms import Classification, Completion, Conversations, Numbered, form
+from zotune.data.split import Prepare, Split, split
+from zotune.data.templates import Record, value
 from zotune.errors import ConfigError, DataError
 from zotune.objectives import Objective
 from zotune.rows import Example
@@ -22,9 +21,6 @@ from zotune.tasks.base import as_read
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VALIDATION_ROWS = 500
-HELD_OUT = 0.1
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -32,24 +28,28 @@ class Dataset:
 
     Attributes:
         train: Examples to train on.
-        validation: Examples to evaluate on; none of them is among the former.
+        validation: Examples to evaluate on. Where both are split from one file of a user's, none is among the former.
         objective: What turns scores into losses, exact for these examples.
-        notices: What the user should be told: rows and class balance of each split, rows that were cut, and whether
-            there are fewer rows than asked for.
+        notices: What the user should be told: rows and class balance of each split, rows that were cut, repeated,
+            contradictory or left out, and whether there are fewer rows than asked for.
+        decode: Text of token ids, without special tokens.
+        stop: Token ids that end what the model writes: EOS and, as in MeZO's tasks of generation, a line break.
     """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     objective: Objective
     notices: tuple[str, ...]
+    decode: Callable[[Sequence[int]], str] = field(compare=False, repr=False)
+    stop: tuple[int, ...] = ()
 
 
 def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> Dataset:
     """Read, split and encode the data of a run.
 
-    Rows are permuted under ``split_seed`` as MeZO's official code does, so that equal sizes draw its very rows. The
-    first ``train_size`` are trained on. Without a validation source, the rows that follow in the same permutation
-    are the validation rows: ``validation_size`` of them, or at most 500, or 10 % where ``train_size`` is open too.
+    Rows are drawn as `zotune.data.split` says: ``train_size`` to train on and ``validation_size`` to evaluate on, or at
+    most 500, or 10 % where ``train_size`` is open too. Where both come from one file of the user's own, a row that the
+    model could not tell from a training row is not evaluated on. The rows of built-in tasks stay those of MeZO.
 
     Args:
         config: The table ``[data]``; a task's defaults fill what it leaves out.
@@ -65,14 +65,34 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -
         config = task.complete(config)
     problem = form(config)
     encoder = Encoder(tokenizer, _max_length(config, context), config.bos)
-    train_rows, validation_rows, notices = _split(config, task.prepare if task is not None else as_read)
+    parts = split(config, _prepare(config, task.prepare if task is not None else as_read))
+    train_rows = parts.train.rows()
     train = problem.examples(train_rows, encoder)
     problem.check_training(train.examples)
+    validation_rows, left_out = _held_out(parts, problem, encoder, train.examples, apart=task is None)
     validation = problem.examples(validation_rows, encoder)
+    notices = _missing(config, len(train_rows), len(validation_rows))
     for name, part in (("train", train), ("validation", validation)):
         notices += [f"{name}: {part.summary}", *_cuts(name, part.encoded, encoder.max_length)]
-    objective = problem.objective((*train.examples, *validation.examples))
-    return Dataset(train.examples, validation.examples, objective, tuple(notices))
+        notices += report.repeats(name, part.examples)
+    notices += left_out
+    examples = (*train.examples, *validation.examples)
+    notices += report.contradictions(examples, (where for where, _ in (*train_rows, *validation_rows)))
+    if isinstance(problem, Classification):
+        notices += report.balance(problem.classes, train.examples, validation.examples)
+    return Dataset(
+        train.examples,
+        validation.examples,
+        problem.objective(examples),
+        tuple(notices),
+        lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
+        _stop(tokenizer),
+    )
+
+
+def _stop(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return (*end, *tokenizer.encode("\n", add_special_tokens=False)[-1:])
 
 
 def _max_length(config: DataConfig, context: int) -> int:
@@ -81,81 +101,53 @@ def _max_length(config: DataConfig, context: int) -> int:
     return config.max_length or context
 
 
-def _split(config: DataConfig, prepare: Callable[[Record], Record]) -> tuple[list[Numbered], list[Numbered], list[str]]:
-    """The rows to train on, the rows to evaluate on, and notices of rows that were asked for and are not there."""
-    if config.train is None:
-        raise DataError("data.train is missing. Name a file or a data set id, or a built-in task in data.task.")
-    source = locate(config.train, "train")
-    other = None if config.validation is None else locate(config.validation, "validation")
-    if other == source:
+def _prepare(config: DataConfig, then: Callable[[Record], Record]) -> Prepare:
+    """Give a row the fields that the configuration names anew, and then what the task does."""
+    names = config.fields or {}
+
+    def prepare(record: Record, where: str) -> Record:
+        return then({**record, **{new: value(record, old, where, "data.fields") for new, old in names.items()}})
+
+    return prepare
+
+
+def _held_out(
+    parts: Split,
+    problem: Classification | Completion | Conversations,
+    encoder: Encoder,
+    train: Sequence[Example],
+    apart: bool,
+) -> tuple[list[Numbered], list[str]]:
+    """The rows to evaluate on, and a notice of those among them, or left out, that are training rows as well."""
+    known = {report.identity(example) for example in train}
+    drop = apart and parts.one_source
+    kept: list[Numbered] = []
+    shared, at = 0, 0
+    while at < len(parts.held_out) and len(kept) < parts.wanted:
+        rows = parts.held_out[at : at + parts.wanted - len(kept)].rows()
+        at += len(rows)
+        same = [report.identity(example) in known for example in problem.examples(rows, encoder).examples]
+        shared += sum(same)
+        kept += [row for row, repeated in zip(rows, same, strict=True) if not (drop and repeated)]
+    if not kept:
         raise DataError(
-            f"data.train and data.validation are the same rows ({source.name}). Leave data.validation out to have rows "
-            "split off for validation."
-        )
-    train = _permuted(source, config.split_seed, prepare)
-    if other is None:
-        n_train, n_validation = _sizes(len(train), config)
-        validation = train[n_train : n_train + n_validation]
-    else:
-        n_train = config.train_size or len(train)
-        validation = _permuted(other, config.split_seed, prepare)[: config.validation_size or VALIDATION_ROWS]
-    train = train[:n_train]
-    notices = [
-        f"{name}: data.{name}_size asks for {asked} rows, but there are only {len(rows)}"
-        for name, asked, rows in (
-            ("train", config.train_size, train),
-            ("validation", config.validation_size, validation),
-        )
-        if asked is not None and len(rows) < asked
-    ]
-    return train.rows(), validation.rows(), notices
-
-
-@dataclass(frozen=True)
-class _Permuted:
-    """Rows of a source in the order in which they are drawn; only those that are used are ever read out."""
-
-    name: str
-    records: Records
-    order: tuple[int, ...]
-    prepare: Callable[[Record], Record]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, part: slice) -> _Permuted:
-        return replace(self, order=self.order[part])
-
-    def rows(self) -> list[Numbered]:
-        return [(f"row {index + 1} of {self.name}", self.prepare(self.records[index])) for index in self.order]
-
-
-def _permuted(source: File | Hub, seed: int, prepare: Callable[[Record], Record]) -> _Permuted:
-    records = source.read()
-    if not len(records):
-        raise DataError(f"{source.name} has no rows.")
-    if seed >= 2**32:
-        raise ConfigError(f"data.split_seed: {seed} is too large; it must be below {2**32}.")
-    # The legacy generator is the one that MeZO's official code draws its rows with, and it never changes.
-    order = np.random.RandomState(seed).permutation(len(records))
-    return _Permuted(source.name, records, tuple(order.tolist()), prepare)
-
-
-def _sizes(rows: int, config: DataConfig) -> tuple[int, int]:
-    """How many of one source's rows are for training and for validation."""
-    if config.train_size is None:
-        validation = config.validation_size or min(VALIDATION_ROWS, max(1, int(rows * HELD_OUT)))
-        train = rows - validation
-    else:
-        train = config.train_size
-        validation = min(config.validation_size or VALIDATION_ROWS, rows - train)
-    if min(train, validation) < 1:
-        raise DataError(
-            f"{rows} rows are too few to train on {config.train_size or 'some'} and validate on "
-            f"{config.validation_size or 'others'}. Lower data.train_size or data.validation_size, or give rows in "
+            f"all {shared} rows that could be held out for validation are training rows too. Give other rows in "
             "data.validation."
         )
-    return train, validation
+    if not shared:
+        return kept, []
+    what = "were left out" if drop else "stay, and make the evaluation look better than it is"
+    return kept, [f"validation: {shared} rows that are training rows too {what}"]
+
+
+def _missing(config: DataConfig, train: int, validation: int) -> list[str]:
+    """Notices of rows that were asked for and are not there."""
+    asked = (("train", config.train_size, train), ("validation", config.validation_size, validation))
+    return [
+        f"{name}: data.{name}_size asks for {size} rows, but there are only {count}"
+        for name, size, count in asked
+        if size is not None and count < size
+    ]
 
 
 def _cuts(name: str, encoded: Encoded, max_length: int) -> list[str]:

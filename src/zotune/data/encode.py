@@ -78,22 +78,26 @@ class Encoder:
         for text, (body, fulls) in zip(texts, branches, strict=True):
             _require_distinct(text, fulls)
             row = _branch(text, head, body, fulls)
-            fitted = _fit(text, row, len(head), self.max_length)
+            fitted = fit(text.where, row, len(head), self.max_length)
             rows.append(fitted)
             cut += fitted is not row
         return Encoded(tuple(rows), cut_prompts=cut)
 
-    def completions(self, texts: Sequence[Text]) -> Encoded:
+    def completions(self, texts: Sequence[Text], *, eos: bool = True) -> Encoded:
         """Rows for fine-tuning on text: one candidate each, all of its tokens scored.
 
         The tokenizer's EOS token, where it has one, ends each completion, so that the model learns to stop. A row that
         is too long loses its prompt first, from the left, and then the end of its completion.
 
+        Args:
+            texts: With one candidate each.
+            eos: False where the completions end by themselves.
+
         Raises:
             DataError: A prompt or a completion is empty.
         """
         head, branches = self._tokens(texts)
-        end = () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
+        end = (int(self.tokenizer.eos_token_id),) if eos and self.tokenizer.eos_token_id is not None else ()
         room = self.max_length - max(len(head), 1)
         rows, cut_prompts, cut_completions = [], 0, 0
         for text, (body, (full,)) in zip(texts, branches, strict=True):
@@ -101,7 +105,7 @@ class Encoder:
             tokens = whole.candidates[0].tokens + end
             kept = tokens[:room]
             row = Row(whole.prompt, (Candidate(kept, tuple(range(len(kept)))),))
-            fitted = _fit(text, row, len(head), self.max_length)
+            fitted = fit(text.where, row, len(head), self.max_length)
             rows.append(fitted)
             cut_prompts += fitted is not row
             cut_completions += len(kept) < len(tokens)
@@ -191,14 +195,18 @@ def _branch(text: Text, head: Tokens, body: Tokens, fulls: Sequence[Tokens]) -> 
     return Row(head + fulls[0][:shared], tuple(candidates))
 
 
-def _fit(text: Text, row: Row, head: int, max_length: int) -> Row:
-    """The row itself if it fits, else with its prompt cut after the first ``head`` tokens until it does."""
+def fit(where: str, row: Row, head: int, max_length: int) -> Row:
+    """The row itself if it fits, else with its prompt cut after the first ``head`` tokens until it does.
+
+    Raises:
+        DataError: A candidate leaves no room for a token of the prompt; ``where`` names the row.
+    """
     excess = len(row.prompt) + max(len(candidate.tokens) for candidate in row.candidates) - max_length
     if excess <= 0:
         return row
     if len(row.prompt) - excess < max(head, 1):
         raise DataError(
-            f"{text.where}: a candidate leaves no room for the prompt within {max_length} tokens. Shorten the "
+            f"{where}: a candidate leaves no room for the prompt within {max_length} tokens. Shorten the "
             "candidates or raise data.max_length."
         )
     return Row(row.prompt[:head] + row.prompt[head + excess :], row.candidates)

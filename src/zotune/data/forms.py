@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from zotune.config import DataConfig
+from zotune.data.chat import ChatTemplate, Conversation, turns_of
 from zotune.data.encode import Encoded, Encoder, Text
-from zotune.data.templates import Record, Template, lookup
+from zotune.data.templates import Record, Template, lookup, texts
 from zotune.errors import DataError
 from zotune.objectives import CandidateCrossEntropy, CompletionNLL, Objective
 from zotune.rows import Example
@@ -18,7 +20,7 @@ Numbered = tuple[str, Record]
 
 HELP = (
     "For classification set data.candidates and data.label; for fine-tuning on text set data.completion; "
-    "either with data.prompt."
+    "either with data.prompt. For conversations set data.messages alone."
 )
 
 
@@ -39,11 +41,21 @@ class Classification:
         prompt: Template of the prompt.
         candidates: Templates of the continuations, in the order of the labels; they may have fields too.
         label: Field with the index of the right candidate, or with its text.
+        loss: ``candidates``: cross-entropy over them; ``gold``: negative log-likelihood of the right one alone.
+        chat: Whether prompt and candidates are turns of the user and the assistant.
     """
 
     prompt: Template
     candidates: tuple[Template, ...]
     label: str
+    loss: Literal["candidates", "gold"] = "candidates"
+    chat: bool = False
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The candidates' texts; empty where they differ from row to row, so that an index says nothing."""
+        fixed = not any(candidate.fields for candidate in self.candidates)
+        return tuple(candidate.text.strip() for candidate in self.candidates) if fixed else ()
 
     def examples(self, rows: Sequence[Numbered], encoder: Encoder) -> Examples:
         """Encode rows.
@@ -51,21 +63,24 @@ class Classification:
         Raises:
             DataError: A field is missing, a label is out of range, or a row cannot be encoded.
         """
-        texts = [
+        filled = [
             Text(self.prompt.render(row, where), tuple(each.render(row, where) for each in self.candidates), where)
             for where, row in rows
         ]
         gold = [
             _gold(lookup(row, self.label, where, "data.label"), text.candidates, where)
-            for (where, row), text in zip(rows, texts, strict=True)
+            for (where, row), text in zip(rows, filled, strict=True)
         ]
-        encoded = encoder.choices(texts)
+        if self.chat:
+            template = ChatTemplate.of(encoder.tokenizer)
+            filled, encoder = [template.wrap(text) for text in filled], replace(encoder, bos="none")
+        encoded = encoder.choices(filled)
         examples = tuple(Example(row, index) for row, index in zip(encoded.rows, gold, strict=True))
         return Examples(examples, self._balance(gold), encoded)
 
     def objective(self, examples: Sequence[Example]) -> Objective:
         """The loss for these examples."""
-        return CandidateCrossEntropy.for_examples(examples)
+        return CompletionNLL() if self.loss == "gold" else CandidateCrossEntropy.for_examples(examples)
 
     def check_training(self, examples: Sequence[Example]) -> None:
         """Refuse training rows of one class.
@@ -74,9 +89,8 @@ class Classification:
             DataError: All rows have the same right candidate, so there is nothing to tell apart.
         """
         classes = {example.gold for example in examples}
-        # Candidates with fields differ from row to row, so there the index of the right one says nothing.
-        if len(classes) == 1 and not any(candidate.fields for candidate in self.candidates):
-            name = self.candidates[classes.pop()].text.strip()
+        if len(classes) == 1 and self.classes:
+            name = self.classes[classes.pop()]
             raise DataError(
                 f"all {len(examples)} training rows have the class {name!r}, so there is nothing to learn. Check "
                 "data.label, or give training rows of each class."
@@ -91,30 +105,8 @@ class Classification:
         return f"{len(gold)} rows, {', '.join(shares)}"
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One text is to follow another.
-
-    Attributes:
-        prompt: Template of the prompt, which is not learnt.
-        completion: Template of the text to learn.
-    """
-
-    prompt: Template
-    completion: Template
-
-    def examples(self, rows: Sequence[Numbered], encoder: Encoder) -> Examples:
-        """Encode rows.
-
-        Raises:
-            DataError: A field is missing, or a row cannot be encoded.
-        """
-        texts = [
-            Text(self.prompt.render(row, where), (self.completion.render(row, where),), where) for where, row in rows
-        ]
-        encoded = encoder.completions(texts)
-        scored = sum(len(row.candidates[0].scored) for row in encoded.rows)
-        return Examples(tuple(map(Example, encoded.rows)), f"{len(rows)} rows, {scored} tokens to learn", encoded)
+class _Learnt:
+    """Text is learnt token by token."""
 
     def objective(self, examples: Sequence[Example]) -> Objective:
         """The loss for these examples."""
@@ -124,12 +116,84 @@ class Completion:
         """Any rows will do."""
 
 
-def form(config: DataConfig) -> Classification | Completion:
+@dataclass(frozen=True)
+class Completion(_Learnt):
+    """One text is to follow another.
+
+    Attributes:
+        prompt: Template of the prompt, which is not learnt.
+        completion: Template of the text to learn.
+        answers: Field with the texts that are right in evaluation, if there are several.
+        chat: Whether prompt and completion are turns of the user and the assistant.
+    """
+
+    prompt: Template
+    completion: Template
+    answers: str | None = None
+    chat: bool = False
+
+    def examples(self, rows: Sequence[Numbered], encoder: Encoder) -> Examples:
+        """Encode rows.
+
+        Raises:
+            DataError: A field is missing, or a row cannot be encoded.
+        """
+        filled = [(self.prompt.render(row, where), self.completion.render(row, where), where) for where, row in rows]
+        if self.chat:
+            chats = [Conversation(turns_of(prompt, text), where) for prompt, text, where in filled]
+            encoded = ChatTemplate.of(encoder.tokenizer).encode(chats, encoder.max_length)
+        else:
+            # A line break that the template itself ends in is the end, as in MeZO's tasks of generation.
+            eos = not self.completion.text.endswith("\n")
+            encoded = encoder.completions([Text(prompt, (text,), where) for prompt, text, where in filled], eos=eos)
+        return _completed(encoded, [self._answers(row, where) for where, row in rows])
+
+    def _answers(self, row: Record, where: str) -> tuple[str, ...]:
+        return () if self.answers is None else texts(row, self.answers, where, "data.answers")
+
+
+@dataclass(frozen=True)
+class Conversations(_Learnt):
+    """What the assistant says in a conversation, in each of their turns.
+
+    Attributes:
+        field: Field with the messages.
+    """
+
+    field: str
+
+    def examples(self, rows: Sequence[Numbered], encoder: Encoder) -> Examples:
+        """Encode rows.
+
+        Raises:
+            DataError: A field holds no conversation, or the tokenizer has no chat template that takes it.
+        """
+        chats = [Conversation.read(row, self.field, where) for where, row in rows]
+        encoded = ChatTemplate.of(encoder.tokenizer).encode(chats, encoder.max_length)
+        return _completed(encoded, [()] * len(rows))
+
+
+def _completed(encoded: Encoded, answers: Sequence[tuple[str, ...]]) -> Examples:
+    scored = sum(len(row.candidates[0].scored) for row in encoded.rows)
+    examples = tuple(Example(row, answers=each) for row, each in zip(encoded.rows, answers, strict=True))
+    return Examples(examples, f"{len(examples)} rows, {scored} tokens to learn", encoded)
+
+
+def form(config: DataConfig) -> Classification | Completion | Conversations:
     """What kind of problem a configuration describes.
 
     Raises:
         DataError: It describes none or two, or a template cannot be read.
     """
+    if (config.messages is not None or config.chat) and config.bos != "tokenizer":
+        raise DataError("data.bos does not go with data.messages or data.chat: the chat template sets the first token.")
+    if config.messages is not None:
+        others = [
+            name for name in ("prompt", "candidates", "label", "loss", "completion", "answers") if getattr(config, name)
+        ]
+        if others:
+            raise DataError(f"data.messages does not go with data.{others[0]}. {HELP}")
+        return Conversations(config.messages)
     classification = config.candidates is not None or config.label is not None
     if classification == (config.completion is not None):
         both = "both data.completion and data.candidates or data.label are set"
@@ -139,14 +203,18 @@ def form(config: DataConfig) -> Classification | Completion:
         raise DataError(f"data.prompt is missing. {HELP}")
     prompt = Template.parse("data.prompt", config.prompt)
     if config.completion is not None:
-        return Completion(prompt, Template.parse("data.completion", config.completion))
+        if config.loss is not None:
+            raise DataError("data.loss is set, but it chooses the loss of data.candidates. Leave it out.")
+        completion = Template.parse("data.completion", config.completion)
+        return Completion(prompt, completion, config.answers, config.chat)
+    if config.answers is not None:
+        raise DataError(f"data.answers goes with data.completion only. {HELP}")
     if config.candidates is None or config.label is None:
         raise DataError(f"data.{'candidates' if config.candidates is None else 'label'} is missing. {HELP}")
     if len(config.candidates) < 2:
         raise DataError(f"data.candidates has {len(config.candidates)} entries; classification needs at least 2.")
-    return Classification(
-        prompt, tuple(Template.parse("data.candidates", text) for text in config.candidates), config.label
-    )
+    candidates = tuple(Template.parse("data.candidates", text) for text in config.candidates)
+    return Classification(prompt, candidates, config.label, config.loss or "candidates", config.chat)
 
 
 def _gold(label: str | int | float, candidates: Sequence[str], where: str) -> int:
@@ -181,6 +249,6 @@ def _place(label: str | int | float, names: Sequence[str]) -> int | None:
 def _index(label: str | int | float) -> int | None:
     try:
         number = float(label)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return int(number) if number.is_integer() else None

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import re
-import zlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
+from zotune import hub
+from zotune.data import files
+from zotune.data.files import HELP, Records, extra, first_line
 from zotune.errors import DataError
 
-Records = Sequence[Mapping[str, Any]]
-
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-HELP = "Give a .jsonl, .json or .csv file (each also .gz), a .parquet file, or a Hugging Face data set id."
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]+){0,2}")
 
 
@@ -40,22 +32,16 @@ class File:
         return self.path.name
 
     def read(self) -> Records:
-        """All rows, in order.
+        """Its rows, in order.
 
         Raises:
-            DataError: It is missing, cannot be read, is not what its name says, or holds something else than rows.
+            DataError: It is missing, cannot be read, or is not what its name says.
         """
-        path = self.path
-        if path.is_dir():
-            raise DataError(f"{path} is a folder. {HELP}")
-        if not path.exists():
-            raise DataError(f"the data file {path} does not exist. {HELP}")
-        if _format(path) == ".parquet":
-            return _parquet(path)
-        text = _text(path)
-        if _format(path) == ".csv":
-            return _csv(path, text)
-        return _json_array(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
+        if self.path.is_dir():
+            raise DataError(f"{self.path} is a folder. {HELP}")
+        if not self.path.exists():
+            raise DataError(f"the data file {self.path} does not exist. {HELP}")
+        return files.read(self.path, _format(self.path))
 
 
 @dataclass(frozen=True)
@@ -83,14 +69,22 @@ class Hub:
         Raises:
             DataError: The extra ``datasets`` is not installed, or the data set cannot be had.
         """
-        datasets = _extra("datasets", f"{self.dataset!r} is no data file, so it is taken as a Hugging Face data set id")
+        datasets = extra("datasets", f"{self.dataset!r} is no data file, so it is taken as a Hugging Face data set id")
+        reachable = hub.reachable()
         try:
-            return cast(Records, datasets.load_dataset(self.dataset, self.config, split=self.split))
+            with hub.offline(not reachable):
+                return cast(Records, datasets.load_dataset(self.dataset, self.config, split=self.split))
         # What is raised depends on the versions of several libraries below, and all of it means the same to the user.
         except Exception as error:
+            if not reachable:
+                raise DataError(
+                    f"the data set {self.name!r} is not in the local cache, and the Hugging Face hub cannot be "
+                    f"reached: {hub.WITHOUT}. To use local files, set data.train and data.validation to their paths. "
+                    f"{HELP}"
+                ) from error
             raise DataError(
-                f"cannot get the data set {self.name!r} from the Hugging Face hub: {_first_line(error)}. Check the id "
-                f"(owner/name, owner/name:split or owner/name:configuration:split) and the network. {HELP}"
+                f"cannot get the data set {self.name!r} from the Hugging Face hub: {first_line(error)}. Check the id "
+                f"(owner/name, owner/name:split or owner/name:configuration:split). {HELP}"
             ) from error
 
 
@@ -120,77 +114,3 @@ def _format(path: Path) -> str:
     if suffixes[-1:] == [".gz"] and suffixes[-2:-1] != [".parquet"]:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            raw = gzip.decompress(raw)
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _json_lines(path: Path, text: str) -> Records:
-    records = []
-    # Not splitlines: it also splits at characters that JSON allows within a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            records.append(_json_object(path, f"line {number}", _json(path, line, number)))
-    return records
-
-
-def _json_array(path: Path, text: str) -> Records:
-    return [_json_object(path, f"row {number}", row) for number, row in enumerate(_json(path, text, 1), start=1)]
-
-
-def _json(path: Path, text: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        line = first_line + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
-        raise DataError(f"{path} is not JSON at line {line}: {error}. Write one JSON object per line.") from error
-
-
-def _json_object(path: Path, where: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{where} of {path} is a {type(value).__name__}. Write one JSON object per line.")
-    return value
-
-
-def _csv(path: Path, text: str) -> Records:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        records = list(reader)
-    except csv.Error as error:
-        raise DataError(f"{path} is not CSV after line {reader.line_num}: {error}.") from error
-    for number, record in enumerate(records, start=1):
-        if None in record:
-            raise DataError(
-                f"row {number} of {path} has more cells than the header. Put quotes around text with commas."
-            )
-    return records
-
-
-def _parquet(path: Path) -> Records:
-    parquet = _extra("pyarrow.parquet", f"{path} is a Parquet file")
-    try:
-        return cast(Records, parquet.read_table(path).to_pylist())
-    # Arrow's errors derive from several of Python's, and all of them mean that this file cannot be read.
-    except Exception as error:
-        raise DataError(f"cannot read {path} as Parquet: {_first_line(error)}") from error
-
-
-def _extra(module: str, reason: str) -> ModuleType:
-    """A module of the extra ``datasets``, or the way to get it."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise DataError(f"{reason}, which needs an extra: pip install zotune[datasets]. {HELP}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

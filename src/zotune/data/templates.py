@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from string import Formatter
@@ -16,6 +17,8 @@ Record = Mapping[str, Any]
 @dataclass(frozen=True)
 class Template:
     """A parsed template, such as ``{premise} Is it true that {hypothesis}?``; ``{{`` and ``}}`` are literal braces.
+
+    Dots lead into nested fields, as in ``{answers.text.0}``; a field whose own name has the dots comes first.
 
     Attributes:
         key: Where the template stands, for messages, e.g. ``data.prompt``.
@@ -64,21 +67,77 @@ class Template:
 
 
 def lookup(record: Record, field: str, where: str, key: str) -> str | int | float:
-    """The value of a field of a row.
+    """The text or number in a field of a row.
 
     Args:
         record: The row.
-        field: The field's name.
+        field: The field's name, with dots between the names and numbers of nested ones.
         where: Names the row in messages, e.g. ``row 3 of train.jsonl``.
         key: What asks for the field, e.g. ``data.label``.
 
     Raises:
-        DataError: There is no such field, or it holds neither text nor a number.
+        DataError: There is no such field, or it holds neither text nor a finite number.
     """
-    if field not in record:
-        raise DataError(f"{key}: {where}: {unknown('field', field, (str(name) for name in record))}")
-    value = record[field]
-    if not isinstance(value, str | int | float):
-        got = "nothing" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{key}: {where}: the field {field!r} holds {got}; it must hold text or a number.")
-    return value
+    found = value(record, field, where, key)
+    if not isinstance(found, str | int | float) or (isinstance(found, float) and not math.isfinite(found)):
+        raise DataError(f"{key}: {where}: the field {field!r} holds {named(found)}; it must hold text or a number.")
+    if isinstance(found, str):
+        require_characters(found, f"{key}: {where}: the field {field!r}")
+    return found
+
+
+def texts(record: Record, field: str, where: str, key: str) -> tuple[str, ...]:
+    """The texts in a field that holds one or a list of them, without repetitions; other arguments as for `lookup`.
+
+    Raises:
+        DataError: There is no such field, or it holds something else, or an empty list.
+    """
+    found = value(record, field, where, key)
+    if not isinstance(found, list | tuple):
+        return (str(lookup(record, field, where, key)),)
+    if not found:
+        raise DataError(f"{key}: {where}: the field {field!r} holds an empty list; it must hold at least one text.")
+    return tuple(dict.fromkeys(str(lookup(record, f"{field}.{i}", where, key)) for i in range(len(found))))
+
+
+def value(record: Record, field: str, where: str, key: str) -> Any:
+    """Whatever is in a field of a row; arguments as for `lookup`.
+
+    Raises:
+        DataError: There is no such field.
+    """
+    if field in record:
+        return record[field]
+    found: Any = record
+    for depth, name in enumerate(names := field.split(".")):
+        if isinstance(found, Mapping) and name in found:
+            found = found[name]
+        elif isinstance(found, list | tuple) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        elif depth == 0:
+            raise DataError(f"{key}: {where}: {unknown('field', field, (str(each) for each in record))}")
+        else:
+            raise DataError(f"{key}: {where}: the field {'.'.join(names[:depth])!r} has no {name!r} in it.")
+    return found
+
+
+def named(found: Any) -> str:
+    """What a value is, for messages."""
+    if isinstance(found, float):
+        return str(found)
+    return "nothing" if found is None else f"a {type(found).__name__}"
+
+
+def require_characters(text: str, what: str) -> None:
+    """Refuse text that no encoding can hold.
+
+    Raises:
+        DataError: It has half of a surrogate pair, as JSON's ``\\ud83d`` alone gives.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} holds {text[error.start]!a} at character {error.start}, half of a surrogate pair, which is no "
+            "character. Repair the text where it was cut."
+        ) from error

@@ -1,7 +1,8 @@
 """Attention over a pack, registered at transformers' attention interface as ``zotune``.
 
-Rows of equal length are one call of `scaled_dot_product_attention` with ``is_causal``, which needs no mask; a branch
-attends to its prompt's keys and to itself. Only a sliding window shorter than a row, and a soft cap, need more.
+Rows of about equal length are one call: gathered and padded at the right, where causal attention never looks. A branch
+attends to its prompt's keys and to itself. On a CPU short rows take two batched products instead of the fused kernel,
+which is called per row and head there; a soft cap needs them everywhere.
 """
 
 from __future__ import annotations
@@ -18,17 +19,55 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from zotune.errors import ModelError
-from zotune.runtimes.packing import BranchGroup, Pack
+from zotune.runtimes.packing import Pack
 from zotune.runtimes.precision import product_dtype
 
 NAME = "zotune"
-_current: ContextVar[Pack] = ContextVar("pack")
+_SHORT = 64
+"""Keys up to which the batched products are faster on a CPU: twice at 16 to 64 keys, half as fast at 128 and more."""
+
+
+class _Places:
+    """Where tokens lie in activations flattened to ``(blocks * T * heads, width)``; worked out once per forward."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+        self._found: dict[tuple[int, ...], Tensor] = {}
+
+    def gathered(self, tokens: Tensor, blocks: int, heads: int) -> Tensor:
+        """Places of ``(blocks * count, heads, length)`` for token indices ``(count, length)`` of a block, flat."""
+        key = (id(tokens), blocks, heads)
+        if key not in self._found:
+            block, head = self._numbers(blocks), self._numbers(heads)
+            at = block.view(-1, 1, 1, 1) * len(self.pack.tokens) + tokens.unsqueeze(1)
+            self._found[key] = (at * heads + head.view(-1, 1)).flatten()
+        return self._found[key]
+
+    def restored(self, blocks: int, heads: int) -> Tensor:
+        """For every place, where in the groups' results, one group after the other, its token came to lie."""
+        key = (blocks, heads)
+        if key not in self._found:
+            block, head = self._numbers(blocks), self._numbers(heads)
+            parts, before = [], 0
+            for group in self.pack.groups:
+                count, length = group.queries.shape
+                row = block.view(-1, 1) * count + group.real // length
+                parts.append(before + (row.unsqueeze(2) * heads + head) * length + (group.real % length).unsqueeze(1))
+                before += blocks * heads * group.queries.numel()
+            self._found[key] = torch.cat(parts, 1).flatten()
+        return self._found[key]
+
+    def _numbers(self, count: int) -> Tensor:
+        return torch.arange(count, device=self.pack.tokens.device)
+
+
+_current: ContextVar[_Places] = ContextVar("places")
 
 
 @contextmanager
 def attending(pack: Pack) -> Iterator[None]:
     """Inside, attention of models whose implementation is `NAME` follows this pack."""
-    token = _current.set(pack)
+    token = _current.set(_Places(pack))
     try:
         yield
     finally:
@@ -65,22 +104,29 @@ def packed_attention(
     """
     if kwargs.get("s_aux") is not None:
         raise ModelError("attention sinks are not supported by packed attention; use a model without them")
-    pack = _current.get()
-    tokens = len(pack.tokens)
-    # (blocks, T, heads, width), the memory order in which projections write
+    places = _current.get()
+    heads, key_heads = query.shape[1], key.shape[1]
+    blocks = query.shape[2] // len(places.pack.tokens)
     dtype = product_dtype(value.dtype, value.device.type)
-    q, k, v = (x.to(dtype).transpose(1, 2).unflatten(1, (-1, tokens))[0] for x in (query, key, value))
-    out = value.new_empty((*q.shape[:3], v.shape[3]))
-    for group in pack.groups:
-        end = group.start + group.count * group.length
-        split = (group.count, group.length)
-        own = [x[:, group.start : end].unflatten(1, split) for x in (q, k, v)]
-        if isinstance(group, BranchGroup):
-            own[1:] = [torch.cat([x[:, group.prompts], y], 2) for x, y in zip((k, v), own[1:], strict=True)]
-        rows_first = tuple(x.flatten(0, 1).transpose(1, 2) for x in own)
-        attended = _attend(rows_first, scaling, sliding_window, softcap)
-        out[:, group.start : end].unflatten(1, split).copy_(attended.transpose(1, 2).unflatten(0, (-1, group.count)))
-    return out.flatten(0, 1).unsqueeze(0), None
+    if all(_is_short(group.keys.shape[1], value.device) for group in places.pack.groups):
+        # What `explicit` computes in, so that it need not convert what was gathered.
+        dtype = torch.float32
+    q, k, v = (x[0].transpose(0, 1).to(dtype).reshape(-1, x.shape[-1]) for x in (query, key, value))
+    results = []
+    for group in places.pack.groups:
+        own, seen = (
+            places.gathered(tokens, blocks, count)
+            for tokens, count in ((group.queries, heads), (group.keys, key_heads))
+        )
+        shape, key_shape = ((-1, n, t.shape[1]) for n, t in ((heads, group.queries), (key_heads, group.keys)))
+        rows = (
+            q.index_select(0, own).unflatten(0, shape),
+            k.index_select(0, seen).unflatten(0, key_shape),
+            v.index_select(0, seen).unflatten(0, key_shape),
+        )
+        results.append(_attend(rows, scaling, sliding_window, softcap).reshape(-1, v.shape[1]))
+    out = torch.cat(results).index_select(0, places.restored(blocks, heads))
+    return out.to(value.dtype).view(1, -1, heads, v.shape[1]), None
 
 
 def _attend(qkv: tuple[Tensor, ...], scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
@@ -89,8 +135,8 @@ def _attend(qkv: tuple[Tensor, ...], scaling: float | None, window: int | None, 
     length, total = q.shape[2], k.shape[2]
     if window is not None and window >= total:
         window = None
-    if softcap is not None:
-        return _soft_capped(q, k, v, scaling, _mask(length, total, window, q.device), softcap)
+    if softcap is not None or _is_short(total, q.device):
+        return explicit(q, k, v, _mask(length, total, window, q.device), scaling, softcap)
     grouped = q.shape[1] != k.shape[1]
     if window is None and length == total:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -98,12 +144,37 @@ def _attend(qkv: tuple[Tensor, ...], scaling: float | None, window: int | None, 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
-def _soft_capped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, mask: Tensor, softcap: float) -> Tensor:
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+def _is_short(keys: int, device: torch.device) -> bool:
+    return keys <= _SHORT and device.type == "cpu"
+
+
+def explicit(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None = None
+) -> Tensor:
+    """Attention by two batched products, in float32 on a CPU.
+
+    Args:
+        q: ``(rows, heads, length, width)``.
+        k: ``(rows, key heads, total, width)``; ``v`` likewise.
+        v: See ``k``.
+        mask: True where a query looks, bool, broadcast to ``(rows, heads, length, total)``.
+        scaling: Factor of the scores; default ``width ** -0.5``.
+        softcap: Scores pass through ``softcap * tanh(scores / softcap)``.
+
+    Returns:
+        ``(rows, heads, length, value width)`` in the dtype of ``v``.
+    """
+    rows, heads, length, width = q.shape
+    shared, dtype = k.shape[1], torch.float32 if q.device.type == "cpu" else q.dtype
+    # Query heads that share a key head are one longer product.
+    folded = q.reshape(rows, shared, -1, width).to(dtype)
+    scores = (folded @ k.mT.to(dtype)).float().view(rows, heads, length, -1)
+    scores.mul_(width**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1).to(dtype)
+    attended = weights.view(rows, shared, -1, weights.shape[-1]) @ v.to(dtype)
+    return attended.view(rows, heads, length, -1).to(v.dtype)
 
 
 @lru_cache(maxsize=256)

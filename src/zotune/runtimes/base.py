@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +37,21 @@ class Runtime(Protocol):
         Returns:
             float32 array ``(len(probes), total candidates)``, candidates in the order of the rows; each is the sum of
             the log-probabilities of the candidate's scored tokens.
+        """
+        ...
+
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], *, max_new_tokens: int, stop: Collection[int] = ()
+    ) -> list[tuple[int, ...]]:
+        """Write on from prompts with the clean model as it is now, always taking the likeliest token.
+
+        Args:
+            prompts: Token ids, at least one each; any number of prompts, the runtime cuts them to fit its memory.
+            max_new_tokens: Most tokens to write, at least 1. A row also ends where the model's context does.
+            stop: Token ids that end a row.
+
+        Returns:
+            What follows each prompt, in order: at least one token, the last of which may be of ``stop``.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from zotune.errors import JournalError
 from zotune.layout import Layout
 from zotune.optimizer import Method
-from zotune.protocol import Probe, Update
+from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
-from zotune.runtimes import attention, lora, modules
+from zotune.runtimes import attention, generation, lora, modules
 from zotune.runtimes.dense import DenseSpace
 from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
 from zotune.runtimes.lowrank import LowRankSpace
@@ -125,6 +125,21 @@ class EmbeddedRuntime:
         return row.n_tokens + scored * config.vocab_size // (16 * config.hidden_size)
 
     @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], *, max_new_tokens: int, stop: Collection[int] = ()
+    ) -> list[tuple[int, ...]]:
+        """What the clean model writes on; see `zotune.runtimes.base.Runtime.generate`."""
+        self.space.probe([CLEAN])
+        return generation.generate(
+            self.model,
+            self._shape,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop=frozenset(stop),
+            max_tokens=self.max_tokens,
+        )
+
+    @torch.inference_mode()
     def apply(self, update: Update) -> None:
         """Change the weights in factor space; fold at the end of a window."""
         with self._timed("apply"):
@@ -155,8 +170,13 @@ class EmbeddedRuntime:
         self.space.load_state(dict(state), window)
 
     @torch.inference_mode()
-    def export(self, path: Path) -> None:
-        """Write the tuned model, this window's update included, as an ordinary Hugging Face folder."""
+    def export(self, path: Path, max_shard_size: str = "5GB") -> None:
+        """Write the tuned model as an ordinary Hugging Face folder, in files of at most ``max_shard_size``."""
+        self.model.save_pretrained(path, state_dict=self.tuned(), max_shard_size=max_shard_size)
+
+    @torch.inference_mode()
+    def tuned(self) -> dict[str, Tensor]:
+        """The model's state dict with this window's update, or the LoRA matrices, merged into the weights."""
         merged = dict(self.model.state_dict())
         names: dict[int, list[str]] = {}
         for name, tensor in merged.items():
@@ -166,7 +186,7 @@ class EmbeddedRuntime:
             tuned = (weight.float() * state.keep + state.change(slice(None))).to(weight.dtype)
             stored = tuned.T.contiguous() if merged[site.name].stride() != weight.stride() else tuned
             merged |= dict.fromkeys(names[weight.data_ptr()], stored)
-        self.model.save_pretrained(path, state_dict=merged)
+        return merged if self.method.lora_rank is None else lora.merge(self.model, merged)
 
     def close(self) -> None:
         """Give the model back its own forwards and attention."""

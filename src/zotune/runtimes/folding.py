@@ -13,7 +13,7 @@ from zotune.noise import NoiseBlock
 Change = Callable[[slice], Tensor]
 """Gives the float32 change of a range of rows of a site."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 19
 _MANTISSA_BITS_CUT = {torch.bfloat16: 16, torch.float16: 13}
 _FLOAT16_SMALLEST_NORMAL = 2.0**-14
 _FLOAT16_STEP_BELOW = 2.0**-24
@@ -107,7 +107,10 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:
-    """Ranges of rows of about a million elements, which bounds the float32 temporaries."""
+    """Ranges of rows of about half a million elements.
+
+    Temporaries of that size are recycled by the allocator; larger ones go back to the system and fault in anew.
+    """
     rows = max(1, _CHUNK * len(weight) // max(1, weight.numel()))
     for start in range(0, len(weight), rows):
         yield slice(start, min(start + rows, len(weight)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from zotune.errors import ModelError
@@ -31,3 +34,15 @@ def add(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
+
+
+def merge(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a model with LoRA, as that of a model without: ``W + (alpha / rank) B A`` in place of ``W``."""
+    from peft.tuners.lora import Linear
+
+    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            weight = merged[f"{name}.weight"]
+            merged[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
+    return merged

@@ -45,14 +45,12 @@ class LowRankMatrix:
     def open_window(self, v: Tensor) -> None:
         """Take the window's V, float32 ``(in, r)``."""
         self.v = v
-        self._projector = v.T.repeat(2, 1)
+        self._projectors = {torch.float32: v.T.repeat(2, 1)}
 
-    def probe(self, directions: list[Tensor], mix: Mixture) -> None:
-        """Take this step's U, float32 ``(out, r)`` each, and how the blocks mix them."""
+    def probe(self, directions: list[Tensor], shift: Tensor, mix: Mixture) -> None:
+        """Take this step's U, float32 ``(out, r)`` each, and what of them each block has, ``(blocks, out, r)``."""
         self._directions, self._mix = directions, mix
-        shifts = torch.stack(directions) if directions else torch.zeros_like(self.update).unsqueeze(0)
         # B and the shift stay apart, because in 16 bits their sum would round the smaller one away.
-        shift = shifts[mix.picked] * mix.amounts
         self._factors = torch.cat([self.update.expand_as(shift), shift], 2).mT.contiguous()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
@@ -70,7 +68,9 @@ class LowRankMatrix:
         else:
             y = F.linear(x, weight).mul_(self.keep)
             y = y if bias is None else y.add_(bias)
-        return y.baddbmm_(F.linear(x, self._projector.to(x.dtype)), factors.to(x.dtype))
+        if x.dtype not in self._projectors:
+            self._projectors[x.dtype] = self._projectors[torch.float32].to(x.dtype)
+        return y.baddbmm_(F.linear(x, self._projectors[x.dtype]), factors.to(x.dtype))
 
     def embed(self, lookup: Lookup, weight: Tensor) -> Tensor:
         """``W_k[token]`` of every block, ``(blocks, tokens, in)``, in the dtype of ``weight``."""
@@ -122,9 +122,14 @@ class LowRankSpace:
         """
         keys = list(dict.fromkeys(probe.key for probe in probes if probe.key is not None))
         mix = Mixture.of(probes, keys, self.device)
-        drawn = [self.directions.factors.views(self._draw(key)) for key in keys]
-        for index, state in enumerate(self.sites.values()):
-            state.probe([views[index] for views in drawn], mix)
+        drawn = [self._draw(key) for key in keys]
+        shift = torch.stack(drawn or [torch.zeros_like(self.factors)])[mix.picked].mul_(mix.amounts)
+        views = [self.directions.factors.views(flat) for flat in (*drawn, shift)]
+        for state, (*directions, shifts) in zip(self.sites.values(), zip(*views, strict=True), strict=True):
+            if isinstance(state, Vector):
+                state.probe(directions, mix)
+            else:
+                state.probe(directions, shifts, mix)
 
     def apply(self, update: Update, weights: Mapping[Site, Tensor], fold: Fold) -> None:
         """Move B by the update; at the end of a window fold it into the weights and open the next window."""

@@ -21,7 +21,7 @@ class Mixture:
     Attributes:
         weights: float32 ``(blocks, 1 + directions)``: 1 for the update, ``sign * eps`` for the probe's direction.
         picked: The direction of each block, int64 ``(blocks,)``; 0 for a clean block.
-        amounts: ``sign * eps`` of each block, float32 ``(blocks, 1, 1)``; 0 for a clean block.
+        amounts: ``sign * eps`` of each block, float32 ``(blocks, 1)``; 0 for a clean block.
     """
 
     weights: Tensor
@@ -37,7 +37,7 @@ class Mixture:
         weights[:, 0] = 1.0
         if keys:
             weights[torch.arange(len(probes)), 1 + picked] = amounts
-        return cls(weights.to(device), picked.to(device), amounts.view(-1, 1, 1).to(device))
+        return cls(weights.to(device), picked.to(device), amounts.view(-1, 1).to(device))
 
 
 class Vector:

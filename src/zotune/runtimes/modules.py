@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from zotune.errors import ModelError
-from zotune.layout import Site
+from zotune.layout import Layout, Site
 from zotune.runtimes.mixture import Lookup, Vector
 from zotune.runtimes.precision import product_dtype
 
@@ -73,28 +73,32 @@ class Shape:
 def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dict[Site, Tensor]:
     """The sites to tune and their weights, in the order of ``named_parameters``.
 
-    A weight that is stored transposed (GPT-2) is given as a transposed view, so that all are ``(out, in)``.
+    A weight that is stored transposed (GPT-2) is given as a transposed view, so that all are ``(out, in)``. Of a model
+    that sees or hears as well, only the text model and the output head are looked at.
 
     Args:
         model: Any causal language model.
-        scope: ``linear``: weights of linear layers except the output head; ``all``: every parameter.
+        scope: ``linear``: weights of linear layers except the output head and experts, which do not see every token;
+            ``all``: every parameter.
         lora: Only the LoRA matrices.
 
     Raises:
         ModelError: A parameter in scope belongs to a module whose structure is not known to be exact, or there is none.
     """
-    owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
-    head = model.get_output_embeddings()
+    owners = _owners(model)
+    head, text = model.get_output_embeddings(), _text_parameters(model)
     found: dict[Site, Tensor] = {}
     unknown: list[str] = []
     for name, parameter in model.named_parameters():
-        owner = owners[id(parameter)]
-        linear = isinstance(owner, nn.Linear | Conv1D) and parameter is owner.weight
+        if id(parameter) not in text:
+            continue
+        owner, routed = owners[id(parameter)], _is_routed(name)
+        linear = isinstance(owner, nn.Linear | Conv1D) and parameter is owner.weight and not routed
         if lora and not (linear and ".lora_" in name):
             continue
         if scope == "linear" and (not linear or owner is head):
             continue
-        if not (linear or isinstance(owner, nn.Linear | Conv1D | nn.Embedding) or _is_norm(owner)):
+        if routed or not (_is_plain(owner) or _is_norm(owner)):
             unknown.append(f"{name} ({type(owner).__name__})")
             continue
         weight = parameter.data.T if isinstance(owner, Conv1D) and linear else parameter.data
@@ -108,6 +112,62 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
     if not found:
         raise ModelError(f"{type(model).__name__} has no parameter in scope {scope!r}")
     return found
+
+
+def left_out(model: PreTrainedModel, layout: Layout) -> list[str]:
+    """Notices of what a user may take to be tuned and is not: experts with their routers, and other towers.
+
+    Args:
+        model: Whose sites were found.
+        layout: Those sites.
+    """
+    sites, owners = {site.name for site in layout.sites}, _owners(model)
+    text, total = _text_parameters(model), sum(parameter.numel() for parameter in model.parameters())
+    experts: dict[str, int] = {}
+    towers: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in text:
+            towers[name] = parameter.numel()
+        elif name not in sites and parameter.dim() > 1 and (_is_routed(name) or not _is_plain(owners[id(parameter)])):
+            experts[name] = parameter.numel()
+    told = (
+        (experts, "are matrices but no linear layers that see every token (experts, routers) and stay as they are"),
+        (towers, "do not belong to the text model and stay as they are"),
+    )
+    return [
+        f"{len(names)} parameters, {100 * sum(names.values()) / total:.1f} % of the model, {what}; "
+        f"among them {next(iter(names))}"
+        for names, what in told
+        if names
+    ]
+
+
+def _owners(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The module that holds each parameter, by the parameter's id."""
+    return {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+
+
+def _text_parameters(model: PreTrainedModel) -> set[int]:
+    """Ids of the parameters that text alone passes through: not those of a vision tower, for example."""
+    if model.config.get_text_config() is model.config:
+        return {id(parameter) for parameter in model.parameters()}
+    decoder = model.get_decoder()
+    if decoder in (None, model, model.base_model):
+        raise ModelError(
+            f"cannot tell the text model of {type(model).__name__} from its other parts: its configuration has one, "
+            "but get_decoder() does not give it. Use a text-only checkpoint."
+        )
+    parts = (decoder, model.get_output_embeddings())
+    return {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+
+
+def _is_routed(name: str) -> bool:
+    """Whether a module or parameter belongs to one expert of several, which sees the tokens routed to it only."""
+    return "experts" in name.split(".")
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -204,22 +264,21 @@ class TunedNorm:
         self.weight, self.bias = module.weight.data, None if bias is None else module.bias.data
         # Gemma stores the gain less one: the module adds it back.
         self.offset = 1.0 if _adds_one(module) else 0.0
-        self.normed = _bare(module, torch.full_like(self.weight, 1.0 - self.offset))
+        # In float32 throughout: a 16-bit factor would promote element by element, which is several times slower.
+        self.normed = _bare(module, torch.full_like(self.weight, 1.0 - self.offset, dtype=torch.float32))
         self.gain, self.shift, self.shape = gain, bias, shape
 
     def __call__(self, x: Tensor) -> Tensor:
         """Any shape with an axis of ``blocks * tokens`` whose last axis is normalised; the same shape."""
-        normed = self.normed(x)
+        normed = self.normed(x.float())
         axis = self.shape.token_axis(normed)
         y = normed.unflatten(axis, (self.shape.blocks, -1))
         spread = [1] * y.dim()
         spread[axis], spread[-1] = self.shape.blocks, y.shape[-1]
-        gain = self.weight.float() * self.gain.keep + self.offset + self.gain.shift
-        if self.shift is None or self.bias is None:
-            torch.mul(y, gain.view(spread), out=y)
-            return normed
-        bias = self.bias.float() * self.shift.keep + self.shift.shift
-        return torch.addcmul(bias.view(spread), y, gain.view(spread)).to(x.dtype).flatten(axis, axis + 1)
+        y.mul_((self.weight.float() * self.gain.keep + self.offset + self.gain.shift).view(spread))
+        if self.shift is not None and self.bias is not None:
+            y.add_((self.bias.float() * self.shift.keep + self.shift.shift).view(spread))
+        return normed.to(x.dtype)
 
 
 def _adds_one(module: Any) -> bool:
@@ -229,6 +288,8 @@ def _adds_one(module: Any) -> bool:
 
 def wrap(model: PreTrainedModel, states: Mapping[str, Any], shape: Shape) -> None:
     """Wrap every module that holds a site, and every linear layer.
+
+    An expert keeps its own forward.
 
     Args:
         model: Whose modules to wrap.
@@ -241,8 +302,10 @@ def wrap(model: PreTrainedModel, states: Mapping[str, Any], shape: Shape) -> Non
         return None if parameter is None else states.get(names[id(parameter)])
 
     head = model.get_output_embeddings()
-    for module in model.modules():
-        weight, bias = (state(module._parameters.get(name)) for name in ("weight", "bias"))
+    for name, module in model.named_modules():
+        if _is_routed(name):
+            continue
+        weight, bias = (state(module._parameters.get(part)) for part in ("weight", "bias"))
         if module is head:
             forward: Callable[..., Tensor] | None = TunedHead(module, weight, bias, shape)
         elif isinstance(module, nn.Linear | Conv1D):

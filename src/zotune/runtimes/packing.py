@@ -1,8 +1,8 @@
 """Packing: rows become one unpadded sequence, a copy of it per probe.
 
 A pack has K *blocks*, one per probe, each with the same T tokens: first the prompts, sorted by length, then the
-candidates' branches, sorted by length. Equal lengths lie side by side, so attention is a handful of dense calls
-without a mask, and an operation that differs per probe is a batched matmul over blocks.
+candidates' branches. Rows of about equal length lie side by side, so attention is a handful of dense calls, and an
+operation that differs per probe is a batched matmul over blocks. Only attention ever sees padding.
 """
 
 from __future__ import annotations
@@ -17,31 +17,28 @@ from torch import Tensor
 
 from zotune.rows import Row
 
-
-@dataclass(frozen=True)
-class PromptGroup:
-    """``count`` prompts of ``length`` tokens that lie side by side from token ``start`` of a block."""
-
-    start: int
-    count: int
-    length: int
+_LENGTHS = 16
+"""Attention pads lengths to multiples of this: fewer calls, and shapes that batched products are good at."""
 
 
 @dataclass(frozen=True)
-class BranchGroup:
-    """Branches of equal length behind prompts of equal length.
+class Group:
+    """Rows or branches that attend in one call, padded at the right with tokens whose result is dropped.
 
     Attributes:
-        start: First token of the branches, which lie side by side, within a block.
-        count: How many.
-        length: Tokens of each branch.
-        prompts: Token indices of each branch's prompt within a block, int64 ``(count, prompt length)``.
+        start: The first of their tokens, which lie side by side, within a block.
+        stop: One past the last.
+        queries: Token indices within a block, int64 ``(count, length)``.
+        keys: What the queries look at causally, int64 ``(count, before + length)``: the branch's prompt, if any, and
+            the queries themselves.
+        real: Places in ``queries``, flattened, of the tokens from ``start`` to ``stop``, int64.
     """
 
     start: int
-    count: int
-    length: int
-    prompts: Tensor
+    stop: int
+    queries: Tensor
+    keys: Tensor
+    real: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,14 @@ class Pack:
 
     tokens: Tensor
     positions: Tensor
-    groups: tuple[PromptGroup | BranchGroup, ...]
+    groups: tuple[Group, ...]
     kept: Tensor
     vocabulary: Tensor | None
     picked: tuple[Tensor, Tensor]
     starts: np.ndarray
+
+
+_ToTensor = Callable[[Sequence[int] | np.ndarray], Tensor]
 
 
 @dataclass
@@ -96,7 +96,7 @@ def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = 
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device)
 
     block = _Block()
-    prompts, prompt_starts = _add_prompts(block, rows)
+    prompts, prompt_starts = _add_prompts(block, rows, tensor)
     branches, branch_starts = _add_branches(block, rows, prompt_starts, tensor)
     sources, targets, starts = _scored(rows, prompt_starts, branch_starts)
     kept, place = np.unique(sources, return_inverse=True)
@@ -113,39 +113,56 @@ def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = 
     )
 
 
-def _add_prompts(block: _Block, rows: Sequence[Row]) -> tuple[list[PromptGroup], list[int]]:
+def _add_prompts(block: _Block, rows: Sequence[Row], tensor: _ToTensor) -> tuple[list[Group], list[int]]:
     """Lay out the prompts by length; their groups, and where the prompt of each row begins."""
     groups = []
     starts = [0] * len(rows)
-    lengths = [len(row.prompt) for row in rows]
-    for length, group in groupby(sorted(range(len(rows)), key=lengths.__getitem__), key=lengths.__getitem__):
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    for padded, group in groupby(order, key=lambda i: _padded(len(rows[i].prompt))):
         members = list(group)
         for i in members:
             starts[i] = block.add(rows[i].prompt, 0)
-        groups.append(PromptGroup(starts[members[0]], len(members), length))
+        lengths = [len(rows[i].prompt) for i in members]
+        groups.append(_group([starts[i] for i in members], lengths, padded, tensor))
     return groups, starts
 
 
 def _add_branches(
-    block: _Block, rows: Sequence[Row], prompt_starts: Sequence[int], tensor: Callable[[np.ndarray], Tensor]
-) -> tuple[list[BranchGroup], dict[tuple[int, int], int]]:
+    block: _Block, rows: Sequence[Row], prompt_starts: Sequence[int], tensor: _ToTensor
+) -> tuple[list[Group], dict[tuple[int, int], int]]:
     """Lay out the candidates of several tokens by length; their groups, and where candidate c of row i begins."""
     groups = []
     starts: dict[tuple[int, int], int] = {}
     # The last token of a branch predicts nothing that counts, so it is left out.
     branches = [
-        (len(candidate.tokens) - 1, len(row.prompt), i, c)
+        (len(row.prompt), _padded(len(candidate.tokens) - 1), i, c)
         for i, row in enumerate(rows)
         for c, candidate in enumerate(row.candidates)
         if len(candidate.tokens) > 1
     ]
-    for (length, prompt_length), group in groupby(sorted(branches), key=lambda branch: branch[:2]):
+    for (before, padded), group in groupby(sorted(branches), key=lambda branch: branch[:2]):
         members = [(i, c) for _, _, i, c in group]
         for i, c in members:
-            starts[i, c] = block.add(rows[i].candidates[c].tokens[:-1], prompt_length)
-        seen = np.array([prompt_starts[i] for i, _ in members])[:, None] + np.arange(prompt_length)
-        groups.append(BranchGroup(starts[members[0]], len(members), length, tensor(seen)))
+            starts[i, c] = block.add(rows[i].candidates[c].tokens[:-1], before)
+        lengths = [len(rows[i].candidates[c].tokens) - 1 for i, c in members]
+        prompts = np.array([prompt_starts[i] for i, _ in members])[:, None] + np.arange(before)
+        groups.append(_group([starts[member] for member in members], lengths, padded, tensor, prompts))
     return groups, starts
+
+
+def _padded(length: int) -> int:
+    return -(-length // _LENGTHS) * _LENGTHS
+
+
+def _group(
+    starts: Sequence[int], lengths: Sequence[int], padded: int, tensor: _ToTensor, prompts: np.ndarray | None = None
+) -> Group:
+    """A group of members that begin at these tokens, side by side, behind these tokens of their prompts."""
+    places = np.arange(padded)
+    queries = np.array(starts)[:, None] + np.minimum(places, np.array(lengths)[:, None] - 1)
+    keys = queries if prompts is None else np.concatenate([prompts, queries], axis=1)
+    real = np.flatnonzero(places < np.array(lengths)[:, None])
+    return Group(starts[0], starts[0] + sum(lengths), tensor(queries), tensor(keys), tensor(real))
 
 
 def _scored(

@@ -18,7 +18,7 @@ def _strip(record: Record) -> Record:
 
 SST2 = Task(
     name="sst2",
-    summary="sentiment of sentences from film reviews (GLUE SST-2), two classes",
+    summary="is a sentence of a film review negative or positive?",
     citation=(
         "Rows: Socher et al. 2013, as in GLUE (Wang et al. 2019). Template and splits: Malladi et al. 2023 (MeZO). "
         "Training rows of a user's own split into 1000 for training and the next 500 for validation."

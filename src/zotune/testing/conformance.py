@@ -273,6 +273,24 @@ def check_export(case: Case) -> None:
         assert_close(runtime.score([CLEAN], rows)[0], oracle.DenseOracle(exported, ()).score(rows))
 
 
+def check_generate(case: Case) -> None:
+    """What the model writes on in the middle of a window is the oracle's token for token, and scores as before."""
+    runtime, reference = case.both(max_tokens=48)
+    for update in case.updates(5):
+        runtime.apply(update)
+        reference.apply(update)
+    rows = tiny.rows("mixed", 4, seed=17)
+    prompts = [row.prompt for row in rows] + [rows[0].prompt]
+    before = runtime.score([CLEAN], rows)
+    written = runtime.generate(prompts, max_new_tokens=6)
+    assert written == reference.generate(prompts, max_new_tokens=6)
+    stop = {tokens[index] for index, tokens in enumerate(written[:2])}
+    stopped = reference.generate(prompts, max_new_tokens=6, stop=stop)
+    assert min(map(len, stopped)) < 6
+    assert runtime.generate(prompts, max_new_tokens=6, stop=stop) == stopped
+    np.testing.assert_array_equal(runtime.score([CLEAN], rows), before)
+
+
 def check_sixteen_bits(case: Case) -> None:
     """A bfloat16 model is scored as well as its format allows, before and after updates."""
     model = tiny.model(case.family, torch.bfloat16)
@@ -326,5 +344,6 @@ CHECKS = (
     check_state,
     check_window,
     check_export,
+    check_generate,
 )
 """The checks that hold for every family and every method of `METHODS` but LoRA's export."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,21 @@ class OracleRuntime:
             return self.oracle.score(rows)
         self._check_window(probe.key.window)
         return self.oracle.score(rows, self.directions.dense(probe.key), probe.sign * probe.eps)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], *, max_new_tokens: int, stop: Collection[int] = ()
+    ) -> list[tuple[int, ...]]:
+        """See `zotune.runtimes.base.Runtime.generate`; a forward of the whole row for every token, nothing kept."""
+        return [self._continue(prompt, max_new_tokens, stop) for prompt in prompts]
+
+    def _continue(self, prompt: tuple[int, ...], max_new_tokens: int, stop: Collection[int]) -> tuple[int, ...]:
+        row = list(prompt)
+        for _ in range(max_new_tokens):
+            row.append(int(self.oracle.model(torch.tensor([row])).logits[0, -1].argmax()))
+            if row[-1] in stop:
+                break
+        return tuple(row[len(prompt) :])
 
     def _check_window(self, window: int) -> None:
         if window != self.window:

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zotune.errors import ModelError, unknown
+from zotune.models import automatic_class
 from zotune.rows import Candidate, Row
 
 VOCABULARY = 96
@@ -61,6 +62,50 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
 """Names that `model` takes: one per mechanism that a runtime has to get right."""
 
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": False}
+_ROUTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": ("qwen3_moe", {**_DECODER, **_EXPERTS, "num_experts": 4}),
+    "qwen2-moe": ("qwen2_moe", {**_DECODER, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24}),
+}
+
+_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+_SEEING: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": (
+        "llava",
+        {
+            "text_config": {"model_type": "llama", "vocab_size": VOCABULARY, **_DECODER},
+            "vision_config": {"model_type": "clip_vision_model", **_VISION, "image_size": 8, "patch_size": 4},
+            "image_token_index": 4,
+        },
+    ),
+    "qwen2-vl": (
+        "qwen2_vl",
+        {
+            "text_config": {
+                "vocab_size": VOCABULARY,
+                **{key: value for key, value in _DECODER.items() if key != "head_dim"},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4},
+        },
+    ),
+    "gemma3-vl": (
+        "gemma3",
+        {
+            "text_config": {"vocab_size": VOCABULARY, **_CONFIGS["gemma3"][1]},
+            "vision_config": {**_VISION, "image_size": 8, "patch_size": 4},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+}
+
+ROUTED: tuple[str, ...] = tuple(_ROUTED)
+"""More names that `model` takes: mixtures of experts, of which scope ``linear`` alone is exact."""
+
+SEEING: tuple[str, ...] = tuple(_SEEING)
+"""More names that `model` takes: vision-language models, of which the text model is tuned."""
+
 
 def config(family: str) -> PretrainedConfig:
     """The transformers configuration of a tiny model.
@@ -68,9 +113,10 @@ def config(family: str) -> PretrainedConfig:
     Raises:
         ModelError: No such family.
     """
-    if family not in _CONFIGS:
-        raise ModelError(unknown("tiny model", family, FAMILIES))
-    kind, values = _CONFIGS[family]
+    known = _CONFIGS | _ROUTED | _SEEING
+    if family not in known:
+        raise ModelError(unknown("tiny model", family, known))
+    kind, values = known[family]
     make: Callable[..., PretrainedConfig] = CONFIG_MAPPING[kind]
     special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
     return make(vocab_size=VOCABULARY, attn_implementation="eager", **special, **values)
@@ -86,7 +132,8 @@ def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made: nn.Module = AutoModelForCausalLM.from_config(config(family), dtype=torch.float32)
+        chosen = config(family)
+        made: nn.Module = automatic_class(chosen).from_config(chosen, dtype=torch.float32)
         with torch.no_grad():
             for parameter in made.parameters():
                 _randomise(parameter)

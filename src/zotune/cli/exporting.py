@@ -1,0 +1,68 @@
+"""Commands that take a run elsewhere: ``export`` and ``apply``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zotune.cli.program import AsJson, RunPath, app, print_json
+
+if TYPE_CHECKING:
+    from zotune.export import Exported
+
+Out = Annotated[Path, typer.Option("--out", help="Where to write; must not exist.")]
+ShardSize = Annotated[str, typer.Option(help="Largest file of merged weights, e.g. 500MB.")]
+
+
+@app.command()
+def export(
+    path: RunPath,
+    out: Out,
+    format: Annotated[
+        str, typer.Option(help="merged: a Hugging Face folder; peft: a LoRA adapter; journal: one file for apply.")
+    ] = "merged",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest rank of an adapter; default: what the change has, up to 512.")
+    ] = None,
+    max_error: Annotated[
+        float, typer.Option(min=0.0, help="Largest relative Frobenius error of an adapter at any weight.")
+    ] = 0.01,
+    shard_size: ShardSize = "5GB",
+    as_json: AsJson = False,
+) -> None:
+    """Write what a run has learnt: merged weights, an adapter, or a small file of scalars."""
+    from zotune.export import export_run
+
+    done = export_run(path, out, format, rank=rank, max_error=max_error, shard_size=shard_size)
+    _print(done, as_json)
+
+
+@app.command("apply")
+def apply_file(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base model.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What export --format journal wrote.")],
+    out: Out,
+    shard_size: ShardSize = "5GB",
+    as_json: AsJson = False,
+) -> None:
+    """Make the weights of a journal file from its base model, without data and without a forward pass."""
+    from zotune.export import apply_journal
+
+    _print(apply_journal(base, file, out, shard_size=shard_size), as_json)
+
+
+def _print(done: Exported, as_json: bool) -> None:
+    if as_json:
+        print_json({**asdict(done), "path": str(done.path)})
+        return
+    what = {"merged": "a Hugging Face folder", "peft": "a PEFT adapter", "journal": "a journal file"}[done.format]
+    typer.echo(f"{done.path}: {what} of {_size(done.bytes)}, {done.steps} steps, made in {done.seconds:.1f} s")
+    for note in done.notes:
+        typer.echo(note)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,108 @@
+"""What sets configurations apart, in words short enough for a legend, a table or a folder's name."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import PurePath
+from typing import Any
+
+from pydantic import BaseModel
+
+from zotune.config import Config
+from zotune.presets import PRESETS
+from zotune.tasks import TASKS
+
+Values = Mapping[str, Any]
+"""Values of a configuration by dotted key, e.g. ``method.lr``."""
+
+
+def flatten(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables as one, with dotted keys; an empty table says nothing."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        below = {f"{key}.{name}": each for name, each in flatten(value).items()} if isinstance(value, Mapping) else None
+        found |= {key: value} if below is None else below
+    return found
+
+
+def values(config: Config) -> dict[str, Any]:
+    """All values of a configuration but where the run lies."""
+    return {key: value for key, value in flatten(config.model_dump()).items() if key != "output"}
+
+
+def defaults(configuration: Values) -> dict[str, Any]:
+    """What each key is where nobody sets it: the default of the key, of the chosen preset and of the chosen task."""
+    found: dict[str, Any] = {}
+    for table, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys = field.annotation.model_fields.items()
+            found |= {f"{table}.{key}": each.default for key, each in keys if not each.is_required()}
+    if preset := PRESETS.get(configuration.get("method.preset", "")):
+        found |= {f"method.{key}": value for key, value in asdict(preset.method).items()}
+    if task := TASKS.get(configuration.get("data.task") or ""):
+        found |= {f"data.{key}": value for key, value in task.defaults if value is not None}
+    return found
+
+
+def differing(configurations: Sequence[Values]) -> list[str]:
+    """The keys, in order, whose values are not the same everywhere; a missing key counts as None.
+
+    What differs only because each configuration keeps to its own preset or task is left out.
+    """
+    keys = dict.fromkeys(key for each in configurations for key in each)
+    usual = [defaults(each) for each in configurations]
+    return [
+        key
+        for key in keys
+        if len({_canonical(each.get(key)) for each in configurations}) > 1
+        and not all(
+            key in known and _canonical(each.get(key)) == _canonical(known[key])
+            for each, known in zip(configurations, usual, strict=True)
+        )
+    ]
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Each key's last part, or the whole key where the last part is not clear among these keys."""
+    keys = list(keys)
+    counts = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: last if counts[last := key.rpartition(".")[2]] == 1 else key for key in keys}
+
+
+def shown(value: Any) -> str:
+    """A value as people write it: numbers short, of a path its last part."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
+        return PurePath(value).name
+    return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def labels(names: Sequence[str], configurations: Sequence[Values], longest: int = 60) -> list[str]:
+    """One legend per run: what differs between the configurations, or the run's name where that does not tell.
+
+    Args:
+        names: The runs' names.
+        configurations: Their values.
+        longest: Characters; a longer legend gives way to the name.
+    """
+    keys = differing(configurations)
+    short = short_names(keys)
+    told = [", ".join(f"{short[key]} {shown(each.get(key))}" for key in keys) for each in configurations]
+    counts = Counter(told)
+    return [_label(name, text, longest, clear=counts[text] == 1) for name, text in zip(names, told, strict=True)]
+
+
+def _label(name: str, text: str, longest: int, *, clear: bool) -> str:
+    if not text or len(text) > longest:
+        return name
+    return text if clear else f"{name} ({text})"
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

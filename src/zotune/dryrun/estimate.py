@@ -1,0 +1,111 @@
+"""Estimates of the memory and the time that a run needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zotune.bench.memory import forget_peak, peak_bytes
+from zotune.config import RuntimeConfig
+from zotune.layout import Layout
+from zotune.optimizer import Method
+from zotune.rows import Example
+from zotune.session import Session
+
+_WIDTHS = 16
+"""Vectors of the hidden width that a token's activations take, as in `EmbeddedRuntime`."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, estimated but for the last one.
+
+    Attributes:
+        weights: Parameters and buffers of the model as loaded.
+        factors: float32 U, V and B of every site (dense directions: the largest site twice), the momentum of B, and
+            with ``fold = "master"`` the float32 copy of the tuned weights on the host.
+        activations: Of the largest forward: 16 vectors of the hidden width per token, and float32 logits of the scored
+            tokens twice.
+        measured: Peak of this process, or of the GPU's allocator, while a step's probes were scored.
+    """
+
+    weights: int
+    factors: int
+    activations: int
+    measured: int
+
+    @property
+    def total(self) -> int:
+        """What is estimated, together."""
+        return self.weights + self.factors + self.activations
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds.
+
+    Attributes:
+        step: Of scoring the first step's probes, measured on the second try; the update comes on top.
+        evaluation: Of one evaluation by likelihood, in proportion to its tokens.
+        total: Of all steps and evaluations.
+    """
+
+    step: float
+    evaluation: float
+    total: float
+
+
+def measure(session: Session) -> tuple[Memory, Time]:
+    """Score the first step's probes twice; nothing is applied."""
+    model = session.runtime.model  # type: ignore[attr-defined]
+    examples, _ = session.batch(0)
+    proposal = session.optimizer.ask(0)
+    rows = [example.row for example in examples]
+    forget_peak(model.device)
+    for _ in range(2):
+        began = time.perf_counter()
+        session.runtime.score(proposal.probes, rows, normalised=session.data.objective.normalised)
+        step = time.perf_counter() - began
+    measured = peak_bytes(model.device)
+    return _memory(session, len(proposal.probes), measured), _time(session, len(proposal.probes), step)
+
+
+def _time(session: Session, probes: int, step: float) -> Time:
+    train = session.config.train
+    scored = probes * _tokens(session.batch(0)[0])
+    evaluation = step * _tokens(session.data.validation) / scored
+    evaluations = 1 + -(-train.steps // train.eval_every)
+    return Time(step, evaluation, train.steps * step + evaluations * evaluation)
+
+
+def _memory(session: Session, probes: int, measured: int) -> Memory:
+    model = session.runtime.model  # type: ignore[attr-defined]
+    text = model.config.get_text_config()
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    longest = sorted(session.data.train, key=lambda example: example.row.n_tokens)[-session.order.batch_size :]
+    runtime = session.config.runtime
+    tokens = min(probes * _tokens(longest), max(runtime.max_tokens, longest[-1].row.n_tokens))
+    share = tokens / (probes * _tokens(longest))
+    logits = probes * sum(len(c.scored) for example in longest for c in example.row.candidates) * text.vocab_size
+    activations = _WIDTHS * tokens * text.hidden_size * model.dtype.itemsize
+    if session.data.objective.normalised:
+        activations += int(share * 2 * 4 * logits)
+    factors = _factors(session.runtime.layout, session.optimizer.method, runtime)
+    return Memory(sum(held.values()), factors, activations, measured)
+
+
+def _factors(layout: Layout, method: Method, runtime: RuntimeConfig) -> int:
+    """Bytes of directions, updates and copies."""
+    copies = method.directions + 1 + (method.momentum > 0)
+    vectors = copies * sum(site.size for site in layout.sites if not site.is_matrix)
+    matrices = [site.shape for site in layout.sites if site.is_matrix]
+    if method.family == "low-rank":
+        numbers = method.rank * sum(copies * out + width for out, width in matrices)
+    else:
+        numbers = 2 * max((out * width for out, width in matrices), default=0)
+    return 4 * (numbers + vectors + (layout.size if runtime.fold == "master" else 0))
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(example.row.n_tokens for example in examples)

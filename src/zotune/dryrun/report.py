@@ -1,0 +1,185 @@
+"""The dry run itself, and how it reads."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+from zotune import models
+from zotune.config import Config
+from zotune.dryrun.estimate import Memory, Time, measure
+from zotune.dryrun.tokens import TokenRow
+from zotune.layout import Layout
+from zotune.progress import duration
+from zotune.rows import Example
+from zotune.run import resolved
+from zotune.session import Session
+
+ROWS = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """Counts of a split: examples, tokens that one pass over them computes, those of the longest row, scored tokens."""
+
+    rows: int
+    tokens: int
+    longest: int
+    scored: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Part:
+        """Count."""
+        lengths = [example.row.n_tokens for example in examples]
+        scored = sum(len(candidate.scored) for example in examples for candidate in example.row.candidates)
+        return cls(len(examples), sum(lengths), max(lengths), scored)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do; nothing was trained and nothing was written.
+
+    Attributes:
+        rows: The first five training rows that the run would take.
+        train: Counts of the training rows.
+        validation: Counts of the validation rows.
+        steps: Steps of the run.
+        batch_size: Examples per step.
+        sites: The layout of what would be tuned.
+        memory: Estimate.
+        time: Estimate.
+        notices: What the run would tell at its start.
+    """
+
+    rows: tuple[TokenRow, ...]
+    train: Part
+    validation: Part
+    steps: int
+    batch_size: int
+    sites: Layout
+    memory: Memory
+    time: Time
+    notices: tuple[str, ...]
+
+    @property
+    def batches(self) -> int:
+        """Batches that take every training row once, the last one filled up from the next epoch."""
+        return -(-self.train.rows // self.batch_size)
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON takes it."""
+        kinds = [{"name": name, "shape": shape, "count": number} for (name, shape), number in _kinds(self.sites)]
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "train": asdict(self.train),
+            "validation": asdict(self.validation),
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "batches_per_epoch": self.batches,
+            "sites": {
+                "count": len(self.sites.sites),
+                "parameters": self.sites.size,
+                "kinds": kinds,
+                "names": [site.name for site in self.sites.sites],
+            },
+            "memory_bytes": asdict(self.memory) | {"total": self.memory.total},
+            "seconds": asdict(self.time),
+            "notices": list(self.notices),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                "training rows, tokens apart, scored tokens in ⟦ ⟧, the right candidate after >",
+                *chain.from_iterable(["", *row.lines()] for row in self.rows),
+                "",
+                *_counts(self),
+                "",
+                f"{len(self.sites.sites)} sites with {self.sites.size:,} parameters",
+                *(f"  {number:>4} x {name}  {_extent(shape)}" for (name, shape), number in _kinds(self.sites)),
+                "",
+                *_needs(self.memory, self.time),
+                "",
+                *self.notices,
+                "nothing was trained and nothing was written",
+            )
+        )
+
+
+def dry_run(config: Config) -> DryRun:
+    """Load model and data, look at them, and score one step's probes to time it; no run directory is made.
+
+    Args:
+        config: What a run would do.
+
+    Raises:
+        ZotuneError: What a run would raise before its first step, but for an output directory that exists, which is
+            a notice.
+    """
+    session = Session.build(resolved(config))
+    tokenizer = models.load_tokenizer(config.model)
+    indices = chain.from_iterable(session.order.indices(step) for step in count())
+    first = [session.data.train[i] for i in islice(_distinct(indices), min(ROWS, len(session.data.train)))]
+    memory, seconds = measure(session)
+    taken = [f"{config.output} exists; the run needs another output"] if Path(config.output).exists() else []
+    return DryRun(
+        tuple(TokenRow.of(example, tokenizer) for example in first),
+        Part.of(session.data.train),
+        Part.of(session.data.validation),
+        config.train.steps,
+        config.train.batch_size,
+        session.runtime.layout,
+        memory,
+        seconds,
+        (*session.data.notices, *taken),
+    )
+
+
+def _distinct(indices: Iterator[int]) -> Iterator[int]:
+    seen: set[int] = set()
+    for index in indices:
+        if index not in seen:
+            seen.add(index)
+            yield index
+
+
+def _counts(run: DryRun) -> list[str]:
+    parts = [
+        f"{name:10}  {part.rows:>8,} rows  {part.tokens:>10,} tokens  longest {part.longest:,}  scored {part.scored:,}"
+        for name, part in (("train", run.train), ("validation", run.validation))
+    ]
+    epochs = run.steps * run.batch_size / run.train.rows
+    batches = f"{run.batches:,} batches of {run.batch_size} rows take every training row once"
+    return [*parts, f"{batches}; {run.steps:,} steps are {epochs:.1f} epochs"]
+
+
+def _kinds(layout: Layout) -> list[tuple[tuple[str, tuple[int, ...]], int]]:
+    """Names with a star for layer numbers, with shapes and how many sites there are of each."""
+    return list(Counter((re.sub(r"\.\d+\.", ".*.", site.name), site.shape) for site in layout.sites).items())
+
+
+def _extent(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _needs(memory: Memory, seconds: Time) -> list[str]:
+    return [
+        f"memory, estimated: {_bytes(memory.total)} = weights {_bytes(memory.weights)} + directions and updates "
+        f"{_bytes(memory.factors)} + activations of the largest batch {_bytes(memory.activations)}",
+        f"memory, measured: {_bytes(memory.measured)} at most, the program itself included, while one step was scored",
+        f"time, estimated: {duration(seconds.total)} at {seconds.step:.2g} s per step and {seconds.evaluation:.2g} s "
+        "per evaluation, from scoring one step's probes; updates and generation come on top",
+    ]
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

@@ -1,0 +1,191 @@
+"""Model cards: what a tuned model is, what it learnt from and how to load it, from what the run has on record."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+
+from zotune.config import Config, DataConfig
+from zotune.evaluate import Metrics
+from zotune.journal import Journal
+from zotune.presets import PRESETS
+from zotune.progress import percent
+from zotune.run import RunDirectory
+
+_SHOWN = ("lr", "eps", "scope", "directions", "weight_decay", "schedule")
+_SHOWN_LOW_RANK = ("rank", "interval", "momentum")
+_SHOWN_LORA = ("lora_rank", "lora_alpha")
+
+_LOAD_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")"""
+
+_LOAD_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("BASE", dtype="DTYPE")
+model = PeftModel.from_pretrained(model, "PATH")"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What people should know of a run, as plain values; no path of the machine that it ran on.
+
+    Attributes:
+        base: Hub id of the base model, or the name of its folder.
+        hub: Whether ``base`` is a hub id.
+        revision: Of the hub id.
+        license: Of the base model, if its own card says.
+        data: What it learnt from.
+        preset: Name of the method.
+        method: The method's values.
+        seed: Of the run.
+        batch_size: Examples per step.
+        steps: Finished steps.
+        skipped: How many of them had no estimate.
+        evaluations: First and last on record: finished steps, loss, shares (such as accuracy) by name, examples.
+        command: The command line that trained it.
+        versions: Of the packages that trained it.
+    """
+
+    base: str
+    hub: bool
+    revision: str | None
+    license: str | None
+    data: str
+    preset: str
+    method: dict[str, Any]
+    seed: int
+    batch_size: int
+    steps: int
+    skipped: int
+    evaluations: list[dict[str, Any]]
+    command: str
+    versions: dict[str, str | None]
+
+    @classmethod
+    def of_run(cls, run: RunDirectory, config: Config, journal: Journal) -> Facts:
+        """What a run directory says."""
+        folder = Path(config.model.path)
+        local = folder.is_absolute() or folder.is_dir()
+        known = dict(sorted(run.evaluations().items()))
+        manifest = _manifest(run)
+        return cls(
+            base=folder.name if local else config.model.path,
+            hub=not local,
+            revision=config.model.revision,
+            license=_license(folder) if local else None,
+            data=_data(config.data),
+            preset=config.method.preset,
+            method=journal.header_at(len(journal.entries)).method,
+            seed=journal.header.seed,
+            batch_size=journal.header.batch_size,
+            steps=len(journal.entries),
+            skipped=sum(not entry.coefficients for entry in journal.entries),
+            evaluations=[_evaluation(step, known[step]) for step in sorted({*list(known)[:1], *list(known)[-1:]})],
+            command=_command(manifest.get("command")),
+            versions=manifest.get("versions") or {},
+        )
+
+
+def render(facts: Facts, kind: str, *, dtype: str, notes: Sequence[str] = ()) -> str:
+    """The text of a README.md.
+
+    Args:
+        facts: Of the run.
+        kind: ``merged`` or ``peft``.
+        dtype: Of the base model's weights.
+        notes: What else to know of this export, a sentence each.
+    """
+    library = "peft" if kind == "peft" else "transformers"
+    front = ModelCardData(
+        base_model=facts.base if facts.hub else None,
+        library_name=library,
+        license=facts.license,
+        pipeline_tag="text-generation",
+        tags=["zotune", "zeroth-order-optimization", facts.preset],
+    )
+    what = "A PEFT adapter for" if kind == "peft" else "A fine-tune of"
+    load = _LOAD_ADAPTER if kind == "peft" else _LOAD_MERGED
+    load = load.replace("BASE", facts.base if facts.hub else "BASE").replace("DTYPE", dtype)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(facts, dtype) if value)
+    parts = [
+        f"---\n{front.to_yaml().strip()}\n---",
+        f"# {Path(facts.base).name}, tuned with {facts.preset}",
+        f"{what} {facts.base}, trained with forward passes only by zotune (zeroth-order optimization).",
+        f"| | |\n|---|---|\n{rows}",
+        *notes,
+        f"```python\n{load}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(facts: Facts, dtype: str) -> list[tuple[str, str]]:
+    preset = PRESETS.get(facts.preset)
+    low_rank = _SHOWN_LOW_RANK if facts.method.get("family") == "low-rank" else ()
+    lora = _SHOWN_LORA if facts.method.get("lora_rank") else ()
+    values = [f"{name} = {facts.method[name]}" for name in (*_SHOWN, *low_rank, *lora) if facts.method.get(name)]
+    skipped = f", {facts.skipped} of them without an estimate" if facts.skipped else ""
+    return [
+        ("base model", facts.base + (f", revision {facts.revision}" if facts.revision else "")),
+        ("dtype", dtype),
+        ("data", facts.data),
+        ("method", f"`{facts.preset}`" + (f": {preset.citation}" if preset else "")),
+        ("settings", ", ".join(values)),
+        ("steps", f"{facts.steps}{skipped}, batches of {facts.batch_size}, seed {facts.seed}"),
+        *((f"after {each['step']} steps", _metrics(each)) for each in facts.evaluations),
+        ("trained by", f"`{facts.command}`" if facts.command else ""),
+        ("versions", ", ".join(f"{name} {number}" for name, number in facts.versions.items() if number)),
+    ]
+
+
+def _evaluation(step: int, metrics: Metrics) -> dict[str, Any]:
+    loss = metrics.loss if math.isfinite(metrics.loss) else None
+    return {"step": step, "loss": loss, "shares": metrics.shares, "examples": metrics.examples}
+
+
+def _metrics(evaluation: dict[str, Any]) -> str:
+    loss = [] if evaluation["loss"] is None else [f"loss {evaluation['loss']:.4f}"]
+    shares = [f"{name} {percent(share)}" for name, share in evaluation["shares"].items()]
+    return f"{', '.join(loss + shares)} on {evaluation['examples']} validation rows" if loss or shares else ""
+
+
+def _data(data: DataConfig) -> str:
+    """Task and files of the data, files by their names alone."""
+    sources = [("train", data.train), ("validation", data.validation)]
+    files = [
+        f"{role} {Path(source).name if Path(source).is_absolute() else source}" for role, source in sources if source
+    ]
+    return ", ".join(([f"task {data.task}"] if data.task else []) + files)
+
+
+def _manifest(run: RunDirectory) -> dict[str, Any]:
+    try:
+        found = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _command(words: Any) -> str:
+    """A command line, absolute paths in it by their names alone."""
+    if not isinstance(words, list):
+        return ""
+    return shlex.join(Path(str(word)).name if Path(str(word)).is_absolute() else str(word) for word in words)
+
+
+def _license(folder: Path) -> str | None:
+    """What the base model's own card says, if it is there."""
+    try:
+        found = (metadata_load(folder / "README.md") or {}).get("license")
+    except Exception:  # A card that cannot be read says nothing; what it raises depends on the YAML library.
+        return None
+    return found if isinstance(found, str) else None

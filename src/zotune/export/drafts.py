@@ -1,0 +1,50 @@
+"""Output that is there whole or not at all: made beside its place, and renamed when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zotune.errors import ConfigError
+
+
+def refuse_existing(out: Path) -> None:
+    """Make sure that nothing is at ``out``.
+
+    Raises:
+        ConfigError: Something is; it is not touched.
+    """
+    if out.exists():
+        raise ConfigError(f"the output {out} exists and is left as it is; give another path, or remove it")
+
+
+@contextmanager
+def drafted(out: Path, *, folder: bool) -> Iterator[Path]:
+    """A path to write to, an empty folder if ``folder``, that becomes ``out`` when the block ends well.
+
+    Raises:
+        ConfigError: ``out`` exists, or cannot be written.
+    """
+    refuse_existing(out)
+    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if folder:
+            draft.mkdir()
+        yield draft
+        draft.rename(out)
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return path.stat().st_size if path.is_file() else sum(each.stat().st_size for each in path.rglob("*"))

@@ -1,0 +1,112 @@
+"""Exporting a run, and making weights of a journal file."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from zotune.errors import ConfigError, unknown
+from zotune.export import adapter, merged, packing
+from zotune.export.drafts import drafted, refuse_existing, size
+from zotune.export.recipe import Recipe
+
+FORMATS = ("merged", "peft", "journal")
+SHARD_SIZE = "5GB"
+MAX_ERROR = 0.01
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came out.
+
+    Attributes:
+        path: Folder or file.
+        format: One of `FORMATS`.
+        steps: Steps of the run that are in it.
+        bytes: Its size.
+        seconds: What it took.
+        rank: Of an adapter.
+        error: Relative Frobenius error of an adapter; 0 if it is exact.
+        notes: What else to know, a sentence or two each.
+    """
+
+    path: Path
+    format: str
+    steps: int
+    bytes: int
+    seconds: float
+    rank: int | None = None
+    error: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def export_run(
+    path: Path,
+    out: Path,
+    format: str = "merged",
+    *,
+    rank: int | None = None,
+    max_error: float = MAX_ERROR,
+    shard_size: str = SHARD_SIZE,
+) -> Exported:
+    """Write what a run has learnt after its last step.
+
+    Args:
+        path: The run directory.
+        out: Folder to make, or file for the format ``journal``.
+        format: ``merged``: an ordinary Hugging Face folder; ``peft``: a LoRA adapter folder; ``journal``: one small
+            file that `apply_journal` makes weights of.
+        rank: Of an adapter at most; default: that of the change, up to 512.
+        max_error: Largest relative Frobenius error of an adapter at any site.
+        shard_size: Largest file of merged weights.
+
+    Raises:
+        ConfigError: The format is unknown, ``out`` exists, or an adapter would be too far from the weights.
+        JournalError: The path is no run, or its journal is damaged, empty or of another base model.
+        ModelError: The base model cannot be loaded, or PEFT is missing.
+    """
+    if format not in FORMATS:
+        raise ConfigError(unknown("format", format, FORMATS))
+    if rank is not None and (format != "peft" or rank < 1):
+        raise ConfigError(f"got rank = {rank} with format = {format!r}; a rank is at least 1 and belongs to 'peft'")
+    began = time.perf_counter()
+    refuse_existing(out)
+    recipe = Recipe.of_run(path)
+    made: adapter.Adapter | None = None
+    with drafted(out, folder=format != "journal") as draft:
+        if format == "merged":
+            merged.write(recipe, draft, shard_size=shard_size)
+        elif format == "peft":
+            made = adapter.write(recipe, draft, rank=rank, max_error=max_error)
+        else:
+            packing.pack(recipe, draft)
+    return _outcome(out, format, recipe, began, made)
+
+
+def apply_journal(base: str, file: Path, out: Path, *, shard_size: str = SHARD_SIZE) -> Exported:
+    """Rebuild the weights of a run from its journal file, bit for bit, without data and without a forward pass.
+
+    Args:
+        base: Folder or hub id of the base model.
+        file: What `export_run` wrote in the format ``journal``.
+        out: Hugging Face folder to make.
+        shard_size: Largest file of weights.
+
+    Raises:
+        ConfigError: ``out`` exists or cannot be written.
+        JournalError: The file is damaged, of another version, or of another base model.
+        ModelError: The base model cannot be loaded.
+    """
+    began = time.perf_counter()
+    refuse_existing(out)
+    recipe = packing.unpack(file, base)
+    with drafted(out, folder=True) as draft:
+        merged.write(recipe, draft, shard_size=shard_size)
+    return _outcome(out, "merged", recipe, began)
+
+
+def _outcome(out: Path, format: str, recipe: Recipe, began: float, made: adapter.Adapter | None = None) -> Exported:
+    seconds = round(time.perf_counter() - began, 3)
+    outcome = Exported(out, format, len(recipe.journal.entries), size(out), seconds)
+    return outcome if made is None else replace(outcome, rank=made.stored, error=made.error, notes=made.notes)

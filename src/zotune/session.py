@@ -1,0 +1,113 @@
+"""A session: the five parts of a run in memory, and how they come back to where its journal ends."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from zotune import checkpoint, models
+from zotune.config import Config
+from zotune.data import BatchOrder, Dataset
+from zotune.data import load as load_data
+from zotune.errors import JournalError
+from zotune.evaluate import Evaluation, evaluate
+from zotune.journal import Header, Journal
+from zotune.optimizer import Optimizer
+from zotune.presets import resolve
+from zotune.rows import Example
+from zotune.run import RunDirectory
+from zotune.runtimes.base import Runtime
+from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.modules import left_out
+
+
+@dataclass(frozen=True)
+class Session:
+    """The five parts of a run, and what it was configured to do."""
+
+    config: Config
+    optimizer: Optimizer
+    runtime: Runtime
+    data: Dataset
+    order: BatchOrder
+
+    @classmethod
+    def build(cls, config: Config) -> Session:
+        """Load model and data; nothing is written.
+
+        Raises:
+            ZotuneError: The configuration names something that is not there or does not fit.
+        """
+        import torch
+
+        if config.runtime.threads is not None:
+            torch.set_num_threads(config.runtime.threads)
+        method, seed, options = resolve(config.method), config.train.seed, config.runtime
+        model, tokenizer = models.load(config.model)
+        data = load_data(config.data, tokenizer, models.context_length(model))
+        runtime = EmbeddedRuntime(model, method, seed=seed, fold=options.fold, max_tokens=options.max_tokens)
+        return cls(
+            config,
+            Optimizer(method, config.train.steps),
+            runtime,
+            replace(data, notices=(*data.notices, *left_out(model, runtime.layout))),
+            BatchOrder(len(data.train), config.train.batch_size, seed),
+        )
+
+    def header(self) -> Header:
+        """What the journal must say of this session."""
+        return Header(
+            seed=self.config.train.seed,
+            method=asdict(self.optimizer.method),
+            steps=self.optimizer.steps,
+            batch_size=self.order.batch_size,
+            model=self.runtime.fingerprint,
+            layout=self.runtime.layout.fingerprint,
+            data=f"{zlib.crc32(repr(self.data.train).encode()):08x}",
+            fold=self.config.runtime.fold,
+        )
+
+    def batch(self, step: int) -> tuple[list[Example], int]:
+        """The examples of a step, and the checksum of their indices."""
+        indices = self.order.indices(step)
+        return [self.data.train[i] for i in indices], zlib.crc32(np.array(indices, dtype="<i8").tobytes())
+
+    def evaluate(self) -> Evaluation:
+        """Judge the weights as they are now on the validation rows."""
+        data = self.data
+        return evaluate(self.runtime, data.validation, data.objective, data.decode, data.stop)
+
+    def replay(self, journal: Journal, start: int, stop: int | None = None) -> None:
+        """Apply the journal's updates of the steps from ``start`` to before ``stop``, without a forward pass."""
+        for entry in journal.entries[start:stop]:
+            if entry.batch != self.batch(entry.step)[1]:
+                raise JournalError(f"{journal.path}: step {entry.step} used other examples than this data gives")
+            self.runtime.apply(self.optimizer.update(entry.step, entry.coefficients, entry.lr))
+
+
+def restore(
+    run: RunDirectory, config: Config, step: int | None = None, notice: Callable[[str], None] = lambda text: None
+) -> tuple[Session, Journal]:
+    """A session as it was after ``step`` finished steps of the run, from its newest sound checkpoint and its journal.
+
+    Args:
+        run: Where checkpoints and journal are.
+        config: What the run was configured to do.
+        step: At most the steps of the journal; default: all of them.
+        notice: Told which checkpoints are damaged; the journal makes up for them.
+
+    Raises:
+        JournalError: See `zotune.train.resume`.
+    """
+    session, journal = Session.build(config), Journal.open(run.journal)
+    journal.require(session.header())
+    stop = len(journal.entries) if step is None else step
+    done = 0
+    if (saved := checkpoint.newest(run.checkpoints, upto=stop, notice=notice)) is not None:
+        done, window, state = saved
+        session.runtime.load_state(state, window)
+    session.replay(journal, done, stop)
+    return session, journal

@@ -1,0 +1,39 @@
+"""Early stopping: what the validation losses so far say of the best step, and of going on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from zotune.errors import StopRun
+from zotune.evaluate import Metrics
+
+
+def best(evaluations: Mapping[int, Metrics]) -> int | None:
+    """The step of the lowest validation loss, the earliest of equals; None if no loss is finite.
+
+    Args:
+        evaluations: By finished steps.
+    """
+    finite = [step for step in sorted(evaluations) if math.isfinite(evaluations[step].loss)]
+    return min(finite, key=lambda step: evaluations[step].loss, default=None)
+
+
+def stop_if_stalled(evaluations: Mapping[int, Metrics], patience: int | None, min_delta: float) -> None:
+    """End the run once the validation loss has not improved in ``patience`` evaluations in a row.
+
+    An evaluation is an improvement if its loss is lower than that of the last improvement by more than ``min_delta``.
+    It is a pure function of the evaluations on record, so a run that was killed stops where it would have.
+
+    Raises:
+        StopRun: It is time; never if ``patience`` is None.
+    """
+    lowest, waited = math.inf, 0
+    for step in sorted(evaluations):
+        if evaluations[step].loss < lowest - min_delta:
+            lowest, waited = evaluations[step].loss, 0
+        else:
+            waited += 1
+    if patience is not None and waited >= patience:
+        by = f" by more than {min_delta:g}" if min_delta else ""
+        raise StopRun(f"the validation loss has not fallen{by} in {waited} evaluations (train.patience)")

@@ -1,0 +1,130 @@
+"""What happens between two steps: records, evaluations, checkpoints. None of it changes what the steps do."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from zotune import checkpoint, stopping
+from zotune.errors import DivergedError, StopRun
+from zotune.journal import Entry, Journal
+from zotune.progress import Reporter
+from zotune.run import RunDirectory
+from zotune.session import Session
+from zotune.signals import Signals
+
+
+class Upkeep:
+    """Keeps a run's directory and its reporter up to date.
+
+    Attributes:
+        evaluations: Those on record, by finished steps.
+    """
+
+    def __init__(
+        self, session: Session, run: RunDirectory, journal: Journal, reporter: Reporter, signals: Signals
+    ) -> None:
+        self._session, self._run, self._journal, self._reporter = session, run, journal, reporter
+        self._signals, self._train = signals, session.config.train
+        # After a power cut the metrics may be ahead of the journal; what is to come does not count yet.
+        self.evaluations = run.evaluations(upto=len(journal.entries))
+        self._evaluated_at = time.monotonic()
+        done = len(journal.entries)
+        self._saved = done if checkpoint.sound(run.checkpoints, done) else None
+        known = run.recorded_steps()
+        for entry in journal.entries:
+            if entry.step + 1 not in known:
+                # The process was killed after the journal had the step; how long it took is lost.
+                run.add_metrics(self._step_record(entry, None))
+
+    def record(self, entry: Entry, seconds: float) -> None:
+        """Put a finished step on record and tell of it.
+
+        Raises:
+            DivergedError: It was one too many without an estimate.
+        """
+        self._reporter.step(self._run.add_metrics(self._step_record(entry, seconds)))
+        self._stop_if_diverged()
+
+    def _step_record(self, entry: Entry, seconds: float | None) -> dict[str, Any]:
+        skipped = not entry.coefficients
+        return {
+            "kind": "step",
+            "step": entry.step + 1,
+            "loss": None if skipped else self._session.optimizer.loss(entry.losses),
+            "lr": entry.lr,
+            "coefficients": list(entry.coefficients),
+            "seconds": None if seconds is None else round(seconds, 4),
+            "rows_per_s": None if seconds is None else round(self._session.order.batch_size / seconds, 2),
+            "skipped": skipped,
+        }
+
+    def between_steps(self) -> None:
+        """Evaluate and save what is due after the steps so far, also what a killed process did not come to.
+
+        Raises:
+            StopRun: The validation loss has stalled.
+        """
+        train, done = self._train, len(self._journal.entries)
+        if done % train.eval_every == 0 or self._minutes_are_over():
+            self.evaluate()
+        best = done in self.evaluations and stopping.best(self.evaluations) == done > 0
+        if best or (done > 0 and done % train.checkpoint_every == 0):
+            self.save()
+        if done in self.evaluations:
+            stopping.stop_if_stalled(self.evaluations, train.patience, train.min_delta)
+        self._signals.heed()
+
+    def finish(self) -> None:
+        """Evaluate and save after the last step; whoever wants the run to stop gets what they want."""
+        with suppress(StopRun):
+            self.evaluate()
+        self.save()
+
+    def evaluate(self) -> None:
+        """Evaluate after the steps so far, unless that is on record."""
+        done = len(self._journal.entries)
+        if done in self.evaluations:
+            return
+        began = time.monotonic()
+        with self._signals.idle():
+            found = self._session.evaluate()
+        self.evaluations[done] = found.metrics
+        self._evaluated_at = time.monotonic()
+        seconds = round(self._evaluated_at - began, 3)
+        if found.predicted:
+            self._run.add_predictions(done, found)
+        record = self._run.add_metrics({"kind": "eval", "step": done, **asdict(found.metrics), "seconds": seconds})
+        self._reporter.evaluation(record)
+
+    def save(self) -> None:
+        """Save the state after the steps so far, unless that is done."""
+        done, train = len(self._journal.entries), self._train
+        if done == self._saved:
+            return
+        # The journal must never be behind a checkpoint, or the steps in between would be lost.
+        self._journal.sync()
+        checkpoint.save(
+            self._run.checkpoints,
+            self._session.runtime.state(),
+            step=done,
+            window=self._session.optimizer.ask(done).window,
+            keep=train.keep_checkpoints,
+            best=stopping.best(self.evaluations),
+        )
+        self._saved = done
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self._train.eval_minutes
+        return minutes is not None and time.monotonic() - self._evaluated_at >= 60 * minutes
+
+    def _stop_if_diverged(self) -> None:
+        allowed = self._train.max_skipped
+        recent = self._journal.entries[-allowed:]
+        if len(recent) == allowed and not any(entry.coefficients for entry in recent):
+            raise DivergedError(
+                f"the loss was not finite in {allowed} steps in a row, up to step {recent[-1].step + 1}. "
+                "Lower method.lr or method.eps, or set model.dtype = 'float32'."
+            )
