@@ -23,12 +23,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from zotune import metrics, tasks
+from zotune import tasks
 from zotune.config import Config, MethodConfig, dump, load
 from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Evaluation, Metrics
 from zotune.journal import Header, Journal
 from zotune.presets import resolve
+from zotune.watching import metrics
 
 _PACKAGES = ("zotune", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 

@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from zotune import stopping, trackers
-from zotune.branches import open_run
+from zotune import stopping
 from zotune.config import Config
 from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun
 from zotune.evaluate import Metrics
 from zotune.journal import Entry, Journal, read
+from zotune.journal.branches import open_run
 from zotune.presets import resolve
 from zotune.progress import Reporter, Reporters, TerminalReporter
 from zotune.run import RunDirectory, resolved
 from zotune.session import Session, restore
 from zotune.signals import Interrupted, Signals
 from zotune.upkeep import Upkeep
+from zotune.watching import trackers
 
 
 @dataclass(frozen=True)

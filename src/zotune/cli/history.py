@@ -16,8 +16,8 @@ from zotune.errors import ConfigError
 from zotune.progress import percent
 
 if TYPE_CHECKING:
-    from zotune.branches import Branch
-    from zotune.history import Replayed
+    from zotune.journal.branches import Branch
+    from zotune.journal.replay import Replayed
 
 OTHER_BITS = 1
 
@@ -32,7 +32,7 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Write the weights of any step of a run, from its base model and its journal alone."""
-    from zotune.history import replay as replay_run
+    from zotune.journal.replay import replay as replay_run
 
     console = Console(stderr=as_json)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -60,7 +60,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Go back to an earlier step; what came later is kept as a branch in RUN/branches."""
-    from zotune import branches
+    from zotune.journal import branches
 
     if (step is not None) + (branch is not None) + listed != 1 or (overrides and step is None):
         raise ConfigError("give one of --step N (with --set KEY=VALUE if you like), --branch NAME and --list")

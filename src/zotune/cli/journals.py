@@ -15,9 +15,9 @@ from zotune.cli.program import AsJson, app, command_line, print_json
 from zotune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from zotune.audit import Difference, Verdict
+    from zotune.journal.audit import Difference, Verdict
+    from zotune.journal.records import Contents, Entry
     from zotune.optimizer import Optimizer
-    from zotune.records import Contents, Entry
 
 DIFFERENT = UNSOUND = 1
 
@@ -35,8 +35,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print the header and the steps; the first step is step 1."""
-    from zotune.audit import journal_file
-    from zotune.records import read
+    from zotune.journal.audit import journal_file
+    from zotune.journal.records import read
 
     contents = read(journal_file(path))
     steps = len(contents.entries)
@@ -64,7 +64,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every record, and in a run directory the configuration and the checkpoints too."""
-    from zotune import audit, branches
+    from zotune.journal import audit, branches
 
     kept = branches.repair(path) if repair else None
     verdict = audit.verify(path)
@@ -86,7 +86,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Say whether two runs are the same, and where they part."""
-    from zotune import audit
+    from zotune.journal import audit
 
     found = audit.diff(one, other)
     if as_json:

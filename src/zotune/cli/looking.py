@@ -57,11 +57,11 @@ def plot(
 ) -> None:
     """Draw loss and accuracy of a run, or of several over each other."""
     if len(paths) == 1 and x is XAxis.STEPS:
-        from zotune.plots import plot as draw
+        from zotune.watching.plots import plot as draw
 
         picture = draw(paths[0], out)
     else:
-        from zotune.overlays import overlay
+        from zotune.watching.overlays import overlay
 
         picture = overlay(paths, out or Path("overlay.png"), x.value)
     if as_json:

@@ -112,7 +112,7 @@ def _train(path: Path, work: Callable[[Reporter], Summary], as_json: bool) -> No
         raise typer.Exit(code) from None
     finally:
         live.finish()
-    from zotune.plots import plot as draw
+    from zotune.watching.plots import plot as draw
 
     picture = draw(summary.path)
     console.print(_outcome(summary, picture), markup=False, highlight=False, soft_wrap=True)

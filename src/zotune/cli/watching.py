@@ -13,7 +13,7 @@ from zotune.cli.program import INTERRUPTED, AsJson, RunPath, app, command_line, 
 from zotune.progress import duration, percent, reporter
 
 if TYPE_CHECKING:
-    from zotune.sweep import Group, Row, Summary
+    from zotune.watching.sweep import Group, Row, Summary
 
 SOME_FAILED = 1
 
@@ -25,7 +25,7 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Train several runs that differ in what FILE says, or go on with them, and compare them."""
-    from zotune import sweep as sweeps
+    from zotune.watching import sweep as sweeps
 
     plan = sweeps.read(file)
     console = Console(stderr=as_json)
@@ -38,7 +38,7 @@ def sweep(
             raise typer.Exit(INTERRUPTED) from None
     found = sweeps.summarise(plan, failures)
     if as_json:
-        from zotune.sweep.summary import record
+        from zotune.watching.sweep.summary import record
 
         print_json(record(found))
     else:
@@ -54,7 +54,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write all about a run into one HTML page that needs nothing else."""
-    from zotune.report import write
+    from zotune.watching.report import write
 
     page = write(path, out)
     if as_json:
@@ -83,7 +83,7 @@ def _show(summary: Summary) -> None:
 
 def _runs(summary: Summary) -> Table:
     """The runs, best first."""
-    from zotune.differences import short_names
+    from zotune.watching.differences import short_names
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in short_names(summary.keys).values():
@@ -101,8 +101,8 @@ def _runs(summary: Summary) -> Table:
 
 def _groups(summary: Summary) -> Table:
     """Mean and standard deviation over seeds."""
-    from zotune.differences import short_names
-    from zotune.sweep.summary import SEED
+    from zotune.watching.differences import short_names
+    from zotune.watching.sweep.summary import SEED
 
     keys = tuple(key for key in summary.keys if key != SEED)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -118,7 +118,7 @@ def _groups(summary: Summary) -> Table:
 
 
 def _settings(row: Row | Group, keys: tuple[str, ...]) -> list[str]:
-    from zotune.differences import shown
+    from zotune.watching.differences import shown
 
     return [shown(row.point[key]) if key in row.point else "-" for key in keys]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zotune import branches, checkpoint, models
+from zotune import checkpoint, models
 from zotune.config import ModelConfig
 from zotune.errors import JournalError
 from zotune.export.card import Facts
-from zotune.journal import Journal
+from zotune.journal import Journal, branches
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import Update
 from zotune.runtimes.embedded import EmbeddedRuntime, fingerprint

@@ -1,0 +1,39 @@
+"""The report of a run: one HTML page that needs nothing else, neither a network nor a script."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from zotune.errors import ConfigError
+from zotune.watching.report.gather import gather
+from zotune.watching.report.render import render
+
+__all__ = ["write"]
+
+
+def write(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a run; nothing else in its directory changes.
+
+    Args:
+        run: The run directory; it may still be at work.
+        out: The page. Default: ``report.html`` in the run directory.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        JournalError: It is no run, or its journal or metrics cannot be read.
+        ConfigError: The page cannot be written.
+    """
+    # Text of a user's rows may hold what no encoding has, such as half of a surrogate pair.
+    page = render(gather(run)).encode("utf-8", "replace")
+    out = out or run / "report.html"
+    draft = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(page)
+        os.replace(draft, out)
+    except OSError as error:
+        raise ConfigError(f"cannot write the report {out}: {error.strerror or error}") from error
+    return out

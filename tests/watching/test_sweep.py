@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from tiny_runs import Recorder, configure, contents
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+from zotune import cli, config, train
+from zotune.config import Config
+from zotune.errors import ConfigError
+from zotune.progress import SilentReporter
+from zotune.run import RunDirectory
+from zotune.watching import sweep
+from zotune.watching.sweep.plan import names
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WILD = ("method = {preset = 'lozo-m', lr = 1e38}", "train.steps = 30")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALLEST = '[base.model]\npath = "m"\n[base.data]\ntrain = "rows.jsonl"\n'
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def sweep_file(folder: Path, base: Config, *lines: str) -> Path:
+    """A sweep over a configuration that lies in a file of its own."""
+    write(folder / "base.toml", config.dump(base))
+    head = [f"output = {json.dumps(str(folder / 'sweep'))}", f"base = {json.dumps(str(folder / 'base.toml'))}"]
+    return write(folder / "sweep.toml", "\n".join([*head, *lines]) + "\n")
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Path, Path]) -> Config:
+    return configure(tmp_path, tiny_model_folder, sentiment_files, train={"steps": 3}, track={"tensorboard": False})
+
+
+def read(tmp_path: Path, text: str) -> sweep.Plan:
+    return sweep.read(write(tmp_path / "sweep.toml", f'output = "{tmp_path}/runs"\n{text}'))
+
+
+def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
+    plan = read(tmp_path, '[grid]\n"method.lr" = [1e-5, 3e-5]\ntrain.seed = [0, 1, 2]\n' + SMALLEST)
+    assert [run.name for run in plan.runs] == [f"lr={lr},seed={seed}" for lr in ("1e-05", "3e-05") for seed in range(3)]
+    assert plan.keys == ("method.lr", "train.seed")
+    assert (plan.runs[4].config.method.lr, plan.runs[4].config.train.seed) == (3e-5, 1)
+    assert plan.runs[4].path == tmp_path / "runs" / "lr=3e-05,seed=1"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_listed_runs_stand_alone_or_are_combined_with_the_grid(tmp_path: Path) -> None:
+    listed = '[[run]]\nmethod.preset = "lozo-m"\n[[run]]\nmethod = {preset = "mezo", lr = 1e-7}\n'
+    plan = read(tmp_path, listed + SMALLEST)
+    assert [run.name for run in plan.runs] == ["preset=lozo-m", "preset=mezo,lr=1e-07"]
+    assert [run.name for run in read(tmp_path, "[[run]]\n" + listed + SMALLEST).runs] == [
+        "base",
+        "preset=lozo-m",
+        "preset=mezo,lr=1e-07",
+    ]
+    both = read(tmp_path, listed + "[grid]\ntrain.seed = [0, 1]\n" + SMALLEST)
+    assert [run.name for run in both.runs] == [
+        "preset=lozo-m,seed=0", "preset=lozo-m,seed=1", "preset=mezo,lr=1e-07,seed=0", "preset=mezo,lr=1e-07,seed=1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SMALLEST, "nothing varies"),
+        ("[grid]\ntrain.seed = 3\n" + SMALLEST, r"grid\.train\.seed must be a list"),
+        ("[grid]\ntrain.seed = []\n" + SMALLEST, r"grid\.train\.seed must be a list of values with one at least"),
+        ("[grid]\ntrain.sede = [1]\n" + SMALLEST, r"run sede=1: unknown key 'train\.sede'. Did you mean 'train\.seed'"),
+        ("[grid]\ntrain.steps = [1, 0]\n" + SMALLEST, r"run steps=0: train\.steps"),
+        ('[grid]\nmethod.preset = ["lozzo"]\n' + SMALLEST, "unknown preset 'lozzo'"),
+        ('[grid]\noutput = ["a", "b"]\n' + SMALLEST, "output cannot vary"),
+        ("[grid]\ntrain.seed = [0, 0]\n" + SMALLEST, "seed=0.* and seed=0.* are the same run"),
+        ("[grid]\ntrain.seed = [0]\n[[run]]\ntrain.seed = 1\n" + SMALLEST, r"train\.seed is set in \[grid\] and in"),
+        ('base = "nowhere.toml"\n[grid]\ntrain.seed = [0]\n', r"cannot read the configuration nowhere\.toml"),
+        ("[grid]\ntrain.seed = [0]\n", "base is required"),
+        ("gird = 1\n" + SMALLEST, "unknown key 'gird'. Did you mean 'grid'"),
+        ("grid = 1\n" + SMALLEST, r"grid is a table, \[grid\]"),
+        ("[[run]]\n[[run]]\n" + SMALLEST, "base.* and base.* are the same run"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, text)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.toml"]
+
+
+def test_what_all_runs_have_in_common_does_not_vary(tmp_path: Path) -> None:
+    plan = read(tmp_path, "[grid]\ntrain.seed = [0, 1]\ntrain.steps = [7]\n" + SMALLEST)
+    assert plan.keys == ("train.seed",)
+    assert [run.config.train.steps for run in plan.runs] == [7, 7]
+
+
+def test_a_sweep_needs_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="output is required"):
+        sweep.read(write(tmp_path / "sweep.toml", "[grid]\ntrain.seed = [0]\n" + SMALLEST))
+
+
+values = st.one_of(
+    st.booleans(), st.integers(0, 9), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=120),
+    st.lists(st.text(max_size=5), max_size=3),
+)  # fmt: skip
+points = st.lists(
+    st.dictionaries(st.sampled_from(["method.lr", "train.seed", "model.path", "data.path"]), values),
+    max_size=6, unique_by=lambda point: json.dumps(point, sort_keys=True),
+)  # fmt: skip
+
+
+@given(points)
+def test_names_are_different_and_fit_for_any_file_system(chosen: list[dict[str, Any]]) -> None:
+    found = names(chosen)
+    assert len({name.casefold() for name in found}) == len(chosen)
+    for name in found:
+        assert 0 < len(name) <= 100
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,=+-_")
+        assert name[0] not in ".-"
+    assert dict(zip(map(str, reversed(chosen)), names(chosen[::-1]), strict=True)) == dict(
+        zip(map(str, chosen), found, strict=True)
+    ), "a name must not depend on the order"
+
+
+def test_every_run_is_an_ordinary_one_and_the_same_sweep_does_nothing_twice(tmp_path: Path, base: Config) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0, 1]"))
+    live = Recorder()
+    assert sweep.run(plan, lambda: live) == {}
+    assert [line for line in live.notices if line.startswith("[")] == [
+        "[1/2] seed=0: starting",
+        "[2/2] seed=1: starting",
+    ]
+    alone = base.model_copy(update={"output": str(tmp_path / "alone")})
+    train.start(alone, SilentReporter())
+    journals = [(path / "journal.jsonl").read_bytes() for path in (tmp_path / "sweep" / "seed=0", tmp_path / "alone")]
+    assert journals[0] == journals[1]
+    before = contents(tmp_path / "sweep")
+    again = Recorder()
+    assert sweep.run(plan, lambda: again) == {}
+    assert again.notices == ["[1/2] seed=0: finished, 3 steps", "[2/2] seed=1: finished, 3 steps"]
+    assert contents(tmp_path / "sweep") == before
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path, base: Config) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0, 1]"))
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(plan, lambda: Recorder(stop_after=2))
+    assert not plan.runs[1].path.exists()
+    live = Recorder()
+    assert sweep.run(plan, lambda: live) == {}
+    assert live.notices[0] == "[1/2] seed=0: going on after step 2"
+    assert [record["step"] for record in live.steps] == [3, 1, 2, 3]
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path: Path, base: Config) -> None:
+    missing = tmp_path / "no-model"
+    rows = ["[[run]]", f'model.path = "{missing}"', "[[run]]", "train.seed = 1", "[[run]]", *WILD]
+    plan = sweep.read(sweep_file(tmp_path, base, *rows, "[grid]", "train.max_skipped = [2]"))
+    failures = sweep.run(plan, Recorder)
+    bad, good, wild = plan.runs
+    assert "does not exist" in failures[bad.name]
+    assert "was not finite in 2 steps in a row" in failures[wild.name]
+    assert good.name not in failures
+    summary = sweep.summarise(plan, failures)
+    states = {row.name: row.state for row in summary.rows}
+    assert states == {bad.name: "failed", good.name: "finished", wild.name: "diverged"}
+    # A later look knows why without having been there.
+    assert {row.name: row.reason for row in sweep.summarise(plan).rows}[bad.name] == failures[bad.name]
+    again = Recorder()
+    assert list(sweep.run(plan, lambda: again)) == [bad.name], "a diverged run must not be tried again"
+
+
+def test_a_directory_of_another_run_is_left_alone(tmp_path: Path, base: Config) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
+    sweep.run(plan, SilentReporter)
+    before = contents(plan.runs[0].path)
+    base = base.model_copy(update={"train": base.train.model_copy(update={"steps": 4})})
+    changed = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
+    sweep.run(changed, SilentReporter)
+    (row,) = sweep.summarise(changed).rows
+    assert row.state == "failed"
+    assert "train.steps is 3 there and 4 in the sweep" in str(row.reason)
+    assert contents(plan.runs[0].path) == before
+
+
+def test_the_summary_is_sorted_and_spreads_over_seeds(tmp_path: Path, base: Config) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "method.lr = [1e-3, 1e-9]", "train.seed = [0, 1]"))
+    assert {row.state for row in sweep.summarise(plan).rows} == {"waiting"}
+    sweep.run(plan, SilentReporter)
+    summary = sweep.summarise(plan)
+    assert summary.score == "accuracy"
+    ranks = [(-row.score, row.loss) for row in summary.rows if row.score is not None and row.loss is not None]
+    assert ranks == sorted(ranks)
+    assert len(ranks) == 4
+    for row in summary.rows:
+        evaluations = RunDirectory(plan.folder / row.name).evaluations()
+        assert row.loss == evaluations[3].loss
+        assert row.best_loss == min(each.loss for each in evaluations.values())
+        assert (row.steps, row.seconds > 0) == (3, True)
+    assert {json.dumps(group.point) for group in summary.groups} == {'{"method.lr": 0.001}', '{"method.lr": 1e-09}'}
+    for group in summary.groups:
+        losses = [row.loss for row in summary.rows if row.point["method.lr"] == group.point["method.lr"]]
+        assert group.runs == 2
+        assert group.loss == pytest.approx(statistics.fmean(loss for loss in losses if loss is not None))
+        assert group.loss_std == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)  # type: ignore[operator]
+    written = json.loads((plan.folder / "summary.json").read_text())
+    assert [row["name"] for row in written["rows"]] == [row.name for row in summary.rows]
+    assert summary.plot is not None
+    assert imread(summary.plot).shape[1] > 1000
+
+
+def test_the_models_of_earlier_runs_are_let_go(tmp_path: Path, base: Config) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0, 1]"))
+    before = models_in_memory()
+    sweep.run(plan, SilentReporter)
+    assert models_in_memory() <= before
+
+
+def models_in_memory() -> int:
+    # Without a collection first: the sweep has to see to that itself.
+    return sum(type(each) is LlamaForCausalLM for each in gc.get_objects())
+
+
+def test_threads_of_one_run_are_not_those_of_the_next(tmp_path: Path, base: Config) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "runtime.threads = [2]"))
+    sweep.run(plan, SilentReporter)
+    assert torch.get_num_threads() == 1
+
+
+def test_the_command_shows_the_table_and_speaks_json(tmp_path: Path, base: Config) -> None:
+    file = sweep_file(tmp_path, base, "[grid]", "method.lr = [1e-3, 1e-9]", "train.seed = [0, 1]")
+    done = CliRunner().invoke(cli.app, ["sweep", str(file)])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    (head,) = (line.split() for line in lines if "best loss" in line)
+    assert head == ["lr", "seed", "accuracy", "best", "loss", "best", "loss", "steps", "time", "state"]
+    assert any("mean ± std" in line for line in lines)
+    assert sum("finished" in line and line.lstrip().startswith(("0.001", "1e-09")) for line in lines) == 4
+    shown = CliRunner().invoke(cli.app, ["sweep", str(file), "--summary", "--json"])
+    assert shown.exit_code == 0, shown.output
+    (line,) = shown.stdout.splitlines()
+    record = json.loads(line)
+    assert (len(record["rows"]), len(record["groups"]), record["score"]) == (4, 2, "accuracy")
+
+
+def test_the_command_reports_failure_and_refusal(tmp_path: Path, base: Config) -> None:
+    file = sweep_file(tmp_path, base, "[grid]", f'model.path = ["{tmp_path}/none"]')
+    failed = CliRunner().invoke(cli.app, ["sweep", str(file)])
+    assert failed.exit_code == 1
+    assert "does not exist" in failed.stdout
+    assert "Traceback" not in failed.output
+    refused = CliRunner().invoke(cli.app, ["sweep", str(write(tmp_path / "bad.toml", "x"))])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
+def test_an_example_is_a_sweep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    plan = sweep.read(path)
+    assert len(plan.runs) == 6
+    assert f"zotune sweep examples/sweeps/{path.name}" in path.read_text()
