@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from zotune.durable import sync
 from zotune.errors import JournalError
 
 _TENSORS = "state.safetensors"
@@ -36,7 +37,7 @@ def save(
     Raises:
         JournalError: It cannot be written; the checkpoints that there were are as before.
     """
-    target, draft = _path(folder, step), folder / f".step-{step:08d}.part"
+    target, draft = path_of(folder, step), folder / f".step-{step:08d}.part"
     for left in folder.glob(".step-*.part"):
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -45,12 +46,12 @@ def save(
         about = {"step": step, "window": window, "sha256": _sha256(draft / _TENSORS, step, window)}
         (draft / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
         for name in (_TENSORS, _ABOUT, "."):
-            _sync(draft / name)
+            sync(draft / name)
         if target.exists():
             shutil.rmtree(target)
         os.replace(draft, target)
-        _sync(folder)
-        kept = {target} if best is None else {target, _path(folder, best)}
+        sync(folder)
+        kept = {target} if best is None else {target, path_of(folder, best)}
         for old in _newest_first(folder)[keep:]:
             if old not in kept:
                 shutil.rmtree(old)
@@ -82,7 +83,7 @@ def newest(
 
 def sound(folder: Path, step: int) -> bool:
     """Whether there is a checkpoint of this step, and it verifies."""
-    return _verified(_path(folder, step)) is not None
+    return _verified(path_of(folder, step)) is not None
 
 
 def _verified(path: Path) -> dict[str, Any] | None:
@@ -94,8 +95,14 @@ def _verified(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _path(folder: Path, step: int) -> Path:
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
     return folder / f"step-{step:08d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint, sound or not, ascending."""
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -108,11 +115,3 @@ def _sha256(tensors: Path, step: int, window: int) -> str:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(f"{step}/{window}".encode())
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -50,6 +50,11 @@ class RunExistsError(ZotuneError):
     """A run directory is already there, and nothing said to resume it."""
 
 
+def reason(error: Exception) -> str:
+    """The message of another library's exception on one line, without its full stop; its type where it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+
+
 def unknown(kind: str, got: str, allowed: Iterable[str]) -> str:
     """Message for an unknown name: what was got, the nearest valid name if there is one, and all valid names."""
     names = sorted(allowed)

@@ -10,7 +10,7 @@ import torch
 
 from zotune import hub
 from zotune.config import ModelConfig
-from zotune.errors import ModelError
+from zotune.errors import ModelError, reason
 from zotune.runtimes.precision import product_dtype
 
 
@@ -69,11 +69,11 @@ def _load(config: ModelConfig, automatic: Any, **options: Any) -> Any:
             return automatic.from_pretrained(path, **options)
     # What is raised depends on the versions of several libraries below, and all of it means the same to the user.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        why = reason(error)
         if not reachable:
-            reason = f"it is not in the local cache, and the Hugging Face hub cannot be reached: {hub.WITHOUT}"
+            why = f"it is not in the local cache, and the Hugging Face hub cannot be reached: {hub.WITHOUT}"
         raise ModelError(
-            f"cannot load the model {config.path!r}: {reason.rstrip('.')}. "
+            f"cannot load the model {config.path!r}: {why.rstrip('.')}. "
             "Give a folder with config.json, weights and tokenizer, or the id of a model on the hub."
         ) from error
 

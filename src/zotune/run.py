@@ -25,6 +25,7 @@ from typing import Any
 
 from zotune import tasks
 from zotune.config import Config, MethodConfig, dump, load
+from zotune.durable import replace
 from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Evaluation, Metrics
 from zotune.journal import Header, Journal
@@ -40,6 +41,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path = path.expanduser()
         self.config = path / "config.toml"
+        self.manifest = path / "manifest.json"
         self.journal = path / "journal.jsonl"
         self.metrics = path / "metrics.jsonl"
         self.predictions = path / "predictions.jsonl"
@@ -60,7 +62,7 @@ class RunDirectory:
         try:
             draft.path.mkdir(parents=True)
             draft.write_config(config)
-            (draft.path / "manifest.json").write_text(json.dumps(manifest(), indent=2) + "\n")
+            draft.manifest.write_text(json.dumps(manifest(), indent=2) + "\n")
             Journal.create(draft.journal, header).close()
             draft.path.rename(run.path)
         except OSError as error:
@@ -89,7 +91,7 @@ class RunDirectory:
 
     def write_config(self, config: Config) -> None:
         """Replace the configuration, whole or not at all."""
-        _replace(self.config, dump(config).encode())
+        replace(self.config, dump(config).encode())
 
     def reopen(self, config: Config) -> None:
         """Make ready for more steps: another configuration, and no line that a crash or a bad disk has damaged.
@@ -103,6 +105,14 @@ class RunDirectory:
             _keep_lines(self.predictions, _is_json)
         except OSError as error:
             raise self._cannot_write(self.path, error) from error
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What `manifest` said when the run began; nothing where the file is missing or damaged."""
+        try:
+            found = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def add_metrics(self, record: dict[str, Any]) -> dict[str, Any]:
         """Append one line to the metrics and return it as written, with null for what is not finite.
@@ -159,23 +169,13 @@ class RunDirectory:
                 yield record
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Put a file in the place of another, whole or not at all."""
-    draft = path.with_suffix(".part")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
 def _keep_lines(path: Path, sound: Callable[[bytes], bool]) -> None:
     """Drop the lines of a file that are not sound; if all are, the file stays as it is."""
     if path.is_file():
         content = path.read_bytes()
         kept = b"".join(line + b"\n" for line in content.split(b"\n") if sound(line))
         if kept != content:
-            _replace(path, kept)
+            replace(path, kept)
 
 
 def _is_json(line: bytes) -> bool:

@@ -1,12 +1,13 @@
-"""Early stopping: what the validation losses so far say of the best step, and of going on."""
+"""When a run ends early: what its losses so far say of the best step, and of going on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from zotune.errors import StopRun
 from zotune.evaluate import Metrics
+from zotune.journal import Entry
 
 
 def best(evaluations: Mapping[int, Metrics]) -> int | None:
@@ -37,3 +38,9 @@ def stop_if_stalled(evaluations: Mapping[int, Metrics], patience: int | None, mi
     if patience is not None and waited >= patience:
         by = f" by more than {min_delta:g}" if min_delta else ""
         raise StopRun(f"the validation loss has not fallen{by} in {waited} evaluations (train.patience)")
+
+
+def has_diverged(entries: Sequence[Entry], allowed: int) -> bool:
+    """Whether the last ``allowed`` steps had no estimate, because a loss was not finite."""
+    recent = entries[-allowed:]
+    return len(recent) == allowed and not any(entry.coefficients for entry in recent)

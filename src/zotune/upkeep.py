@@ -122,9 +122,8 @@ class Upkeep:
 
     def _stop_if_diverged(self) -> None:
         allowed = self._train.max_skipped
-        recent = self._journal.entries[-allowed:]
-        if len(recent) == allowed and not any(entry.coefficients for entry in recent):
+        if stopping.has_diverged(self._journal.entries, allowed):
             raise DivergedError(
-                f"the loss was not finite in {allowed} steps in a row, up to step {recent[-1].step + 1}. "
+                f"the loss was not finite in {allowed} steps in a row, up to step {len(self._journal.entries)}. "
                 "Lower method.lr or method.eps, or set model.dtype = 'float32'."
             )

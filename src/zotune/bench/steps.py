@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal, cast
@@ -82,10 +83,7 @@ def step(
         DataError: The folder has no such rows.
         ModelError: The model cannot be loaded or tuned in this scope.
     """
-    if dtype == "auto":
-        dtype = str(product_dtype(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")).removeprefix(
-            "torch."
-        )
+    dtype = _resolved(dtype)
     baseline_dtype = baseline_dtype or dtype
     _check(dtype, baseline_dtype, scope, [batch_size, rank, directions, repeats, threads or 1])
     method = method_of(scope, rank, directions)
@@ -241,23 +239,17 @@ def _alternate(stepper: Stepper, official: Callable[[int], float], repeats: int)
     ours, theirs, peaks = [], [], []
     for start in range(1, repeats + 1, _TURN):
         turn = range(start, min(start + _TURN, repeats + 1))
-        ours += [_seconds(stepper.step, number, device) for number in turn]
-        theirs += [_seconds(official, number, device) for number in turn]
+        ours += [_seconds(partial(stepper.step, number), device) for number in turn]
+        theirs += [_seconds(partial(official, number), device) for number in turn]
         # In the same minutes as the steps, because on a shared machine the peak moves as much as they do.
         peaks.append(work.matmul_peak(product, device))
     phases = {name: seconds / repeats for name, seconds in timings.items()}
     phases["other"] = mean(ours) - sum(phases.values())
-    folds = [_fold_seconds(stepper, device) for _ in range(3)]
+    folds = [_seconds(stepper.fold, device) for _ in range(3)]
     return _Timing(ours, theirs, median(folds), phases, max(peaks))
 
 
-def _fold_seconds(stepper: Stepper, device: torch.device) -> float:
+def _seconds(act: Callable[[], object], device: torch.device) -> float:
     start = work.clock(device)
-    stepper.fold()
-    return work.clock(device) - start
-
-
-def _seconds(side: Callable[[int], float], number: int, device: torch.device) -> float:
-    start = work.clock(device)
-    side(number)
+    act()
     return work.clock(device) - start

@@ -10,7 +10,7 @@ from zotune import tasks
 from zotune.config import DataConfig
 from zotune.data import report
 from zotune.data.encode import Encoded, Encoder
-from zotune.data.forms import Classification, Completion, Conversations, Numbered, form
+from zotune.data.forms import Classification, Completion, Conversations, Examples, Numbered, form
 from zotune.data.split import Prepare, Split, split
 from zotune.data.templates import Record, value
 from zotune.errors import ConfigError, DataError
@@ -69,8 +69,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -
     train_rows = parts.train.rows()
     train = problem.examples(train_rows, encoder)
     problem.check_training(train.examples)
-    validation_rows, left_out = _held_out(parts, problem, encoder, train.examples, apart=task is None)
-    validation = problem.examples(validation_rows, encoder)
+    validation_rows, validation, left_out = _held_out(parts, problem, encoder, train.examples, apart=task is None)
     notices = _missing(config, len(train_rows), len(validation_rows))
     for name, part in (("train", train), ("validation", validation)):
         notices += [f"{name}: {part.summary}", *_cuts(name, part.encoded, encoder.max_length)]
@@ -117,27 +116,30 @@ def _held_out(
     encoder: Encoder,
     train: Sequence[Example],
     apart: bool,
-) -> tuple[list[Numbered], list[str]]:
-    """The rows to evaluate on, and a notice of those among them, or left out, that are training rows as well."""
+) -> tuple[list[Numbered], Examples, list[str]]:
+    """The rows to evaluate on, encoded, and a notice of those among them, or left out, that are training rows too."""
     known = {report.identity(example) for example in train}
     drop = apart and parts.one_source
-    kept: list[Numbered] = []
+    rows: list[Numbered] = []
     shared, at = 0, 0
-    while at < len(parts.held_out) and len(kept) < parts.wanted:
-        rows = parts.held_out[at : at + parts.wanted - len(kept)].rows()
-        at += len(rows)
-        same = [report.identity(example) in known for example in problem.examples(rows, encoder).examples]
+    while True:
+        more = parts.held_out[at : at + parts.wanted - len(rows)].rows()
+        rows, at = rows + more, at + len(more)
+        if not rows:
+            raise DataError(
+                f"all {shared} rows that could be held out for validation are training rows too. Give other rows in "
+                "data.validation."
+            )
+        found = problem.examples(rows, encoder)
+        same = [report.identity(example) in known for example in found.examples]
         shared += sum(same)
-        kept += [row for row, repeated in zip(rows, same, strict=True) if not (drop and repeated)]
-    if not kept:
-        raise DataError(
-            f"all {shared} rows that could be held out for validation are training rows too. Give other rows in "
-            "data.validation."
-        )
+        if not (drop and any(same)):
+            break
+        rows = [row for row, repeated in zip(rows, same, strict=True) if not repeated]
     if not shared:
-        return kept, []
+        return rows, found, []
     what = "were left out" if drop else "stay, and make the evaluation look better than it is"
-    return kept, [f"validation: {shared} rows that are training rows too {what}"]
+    return rows, found, [f"validation: {shared} rows that are training rows too {what}"]
 
 
 def _missing(config: DataConfig, train: int, validation: int) -> list[str]:

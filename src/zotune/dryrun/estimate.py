@@ -11,10 +11,8 @@ from zotune.config import RuntimeConfig
 from zotune.layout import Layout
 from zotune.optimizer import Method
 from zotune.rows import Example
+from zotune.runtimes.packing import ACTIVATIONS
 from zotune.session import Session
-
-_WIDTHS = 16
-"""Vectors of the hidden width that a token's activations take, as in `EmbeddedRuntime`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def _memory(session: Session, probes: int, measured: int) -> Memory:
     tokens = min(probes * _tokens(longest), max(runtime.max_tokens, longest[-1].row.n_tokens))
     share = tokens / (probes * _tokens(longest))
     logits = probes * sum(len(c.scored) for example in longest for c in example.row.candidates) * text.vocab_size
-    activations = _WIDTHS * tokens * text.hidden_size * model.dtype.itemsize
+    activations = ACTIVATIONS * tokens * text.hidden_size * model.dtype.itemsize
     if session.data.objective.normalised:
         activations += int(share * 2 * 4 * logits)
     factors = _factors(session.runtime.layout, session.optimizer.method, runtime)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -77,7 +76,7 @@ class Facts:
         folder = Path(config.model.path)
         local = folder.is_absolute() or folder.is_dir()
         known = dict(sorted(run.evaluations().items()))
-        manifest = _manifest(run)
+        manifest = run.read_manifest()
         return cls(
             base=folder.name if local else config.model.path,
             hub=not local,
@@ -165,14 +164,6 @@ def _data(data: DataConfig) -> str:
         f"{role} {Path(source).name if Path(source).is_absolute() else source}" for role, source in sources if source
     ]
     return ", ".join(([f"task {data.task}"] if data.task else []) + files)
-
-
-def _manifest(run: RunDirectory) -> dict[str, Any]:
-    try:
-        found = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _command(words: Any) -> str:

@@ -145,6 +145,6 @@ def _configuration(run: RunDirectory, contents: Contents) -> list[str]:
 
 def _checkpoints(run: RunDirectory) -> tuple[tuple[int, ...], list[int]]:
     """Steps whose checkpoints are sound, and those whose are not."""
-    steps = [int(each.name.removeprefix("step-")) for each in sorted(run.checkpoints.glob("step-*"))]
+    steps = checkpoint.steps(run.checkpoints)
     sound = tuple(step for step in steps if checkpoint.sound(run.checkpoints, step))
     return sound, [step for step in steps if step not in sound]

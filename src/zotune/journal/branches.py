@@ -16,7 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from zotune import checkpoint
 from zotune.config import Config, dump
+from zotune.durable import sync
 from zotune.errors import ConfigError, JournalError, unknown
 from zotune.evaluate import Metrics
 from zotune.journal import locked
@@ -189,10 +191,9 @@ def _put(
         joins: A branch that gives its checkpoints to the run and is no more.
     """
     folder = _free(run, prefix)
-    later = [each.name for each in _checkpoints(run) if _step(each) > step]
     plan = {
-        "leave": later,
-        "join": [] if joins is None else [each.name for each in _checkpoints(joins)],
+        "leave": _checkpoints(run, after=step),
+        "join": [] if joins is None else _checkpoints(joins),
         "branch": None if joins is None else joins.path.name,
     }
     draft = run.path / ".branch.part"
@@ -205,10 +206,10 @@ def _put(
         (draft / _NEXT / name).write_bytes(content)
     (draft / _NEXT / _PLAN).write_text(json.dumps(plan) + "\n")
     for each in (*draft.rglob("*"), draft):
-        _sync(each)
+        sync(each)
     folder.parent.mkdir(exist_ok=True)
     os.replace(draft, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     finish(run)
     return _branch(run, folder)
 
@@ -238,7 +239,7 @@ def _move(run: RunDirectory, plan: Path) -> None:
             os.replace(plan.parent / each.name, each)
     for each in (run.path, run.checkpoints, left):
         if each.is_dir():
-            _sync(each)
+            sync(each)
     plan.unlink()
     plan.parent.rmdir()
 
@@ -267,12 +268,10 @@ def _files(run: RunDirectory) -> list[Path]:
     return [each for each in (run.config, run.journal, run.metrics, run.predictions) if each.is_file()]
 
 
-def _checkpoints(run: RunDirectory) -> list[Path]:
-    return sorted(run.checkpoints.glob("step-*"))
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def _checkpoints(run: RunDirectory, after: int = -1) -> list[str]:
+    """The names of the checkpoints of later steps than this."""
+    steps = checkpoint.steps(run.checkpoints)
+    return [checkpoint.path_of(run.checkpoints, step).name for step in steps if step > after]
 
 
 @contextmanager
@@ -282,13 +281,5 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

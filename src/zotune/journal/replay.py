@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from zotune import checkpoint
 from zotune.errors import ConfigError
 from zotune.export.drafts import drafted, refuse_existing
 from zotune.export.recipe import Recipe
-from zotune.optimizer import Optimizer
 from zotune.runtimes.base import Runtime
 
 
@@ -111,9 +111,8 @@ def _apply(recipe: Recipe, runtime: Runtime, stop: int, progress: Callable[[int]
     """Replay ``stop`` steps; the comparison with the newest checkpoint among them."""
     saved = None if recipe.checkpoints is None else checkpoint.newest(recipe.checkpoints, upto=stop)
     comparison = None
-    optimizer = Optimizer(recipe.method, recipe.journal.header.steps)
-    for done, entry in enumerate(recipe.journal.entries[:stop], start=1):
-        runtime.apply(optimizer.update(entry.step, entry.coefficients, entry.lr))
+    for done, update in enumerate(islice(recipe.updates(), stop), start=1):
+        runtime.apply(update)
         if saved is not None and saved[0] == done:
             comparison = _compare(runtime, done, saved[2])
         progress(done)

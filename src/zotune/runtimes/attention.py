@@ -186,9 +186,9 @@ def _mask(length: int, total: int, window: int | None, device: torch.device) -> 
     return mask if window is None else mask & (seen > at - window)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask that transformers is to make for packs: none, because a pack says who attends to whom."""
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, no_mask)

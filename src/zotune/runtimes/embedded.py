@@ -22,7 +22,7 @@ from zotune.runtimes import attention, generation, lora, modules
 from zotune.runtimes.dense import DenseSpace
 from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
 from zotune.runtimes.lowrank import LowRankSpace
-from zotune.runtimes.packing import Pack, cut, pack
+from zotune.runtimes.packing import ACTIVATIONS, Pack, cut, pack
 
 _FINGERPRINT_SAMPLES = 4096
 
@@ -121,8 +121,7 @@ class EmbeddedRuntime:
             return row.n_tokens
         config = self.model.config.get_text_config()
         scored = sum(len(candidate.scored) for candidate in row.candidates)
-        # A token's activations are about sixteen vectors of the hidden width.
-        return row.n_tokens + scored * config.vocab_size // (16 * config.hidden_size)
+        return row.n_tokens + scored * config.vocab_size // (ACTIVATIONS * config.hidden_size)
 
     @torch.inference_mode()
     def generate(

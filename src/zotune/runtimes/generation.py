@@ -21,7 +21,7 @@ from zotune.models import context_length
 from zotune.rows import Candidate, Row
 from zotune.runtimes import attention
 from zotune.runtimes.modules import Shape
-from zotune.runtimes.packing import cut, pack
+from zotune.runtimes.packing import ACTIVATIONS, cut, pack
 from zotune.runtimes.precision import product_dtype
 
 NAME = "zotune-cached"
@@ -65,8 +65,7 @@ def _cost(model: PreTrainedModel, tokens: int) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # A token's activations are about sixteen vectors of the hidden width.
-    activations = 16 * config.hidden_size
+    activations = ACTIVATIONS * config.hidden_size
     kept = 2 * config.num_hidden_layers * heads * width
     return tokens * max(activations, kept) // activations + config.vocab_size // activations
 
@@ -224,9 +223,5 @@ def cached_attention(
     return out.squeeze(2).unsqueeze(0).to(value.dtype), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
 AttentionInterface.register(NAME, cached_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, attention.no_mask)

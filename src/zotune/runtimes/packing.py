@@ -17,6 +17,9 @@ from torch import Tensor
 
 from zotune.rows import Row
 
+ACTIVATIONS = 16
+"""Vectors of the hidden width that the activations of a token take, about."""
+
 _LENGTHS = 16
 """Attention pads lengths to multiples of this: fewer calls, and shapes that batched products are good at."""
 
@@ -160,9 +163,10 @@ def _group(
     """A group of members that begin at these tokens, side by side, behind these tokens of their prompts."""
     places = np.arange(padded)
     queries = np.array(starts)[:, None] + np.minimum(places, np.array(lengths)[:, None] - 1)
-    keys = queries if prompts is None else np.concatenate([prompts, queries], axis=1)
     real = np.flatnonzero(places < np.array(lengths)[:, None])
-    return Group(starts[0], starts[0] + sum(lengths), tensor(queries), tensor(keys), tensor(real))
+    own = tensor(queries)
+    keys = own if prompts is None else tensor(np.concatenate([prompts, queries], axis=1))
+    return Group(starts[0], starts[0] + sum(lengths), own, keys, tensor(real))
 
 
 def _scored(

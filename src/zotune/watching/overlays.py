@@ -132,6 +132,11 @@ def _seconds(run: RunMetrics, config: Config) -> Callable[[int], float]:
     return lambda step: totals[bisect_right(known, step)]
 
 
+def probes_per_step(config: Config) -> int:
+    """How many probes each step of a run scores."""
+    return len(Optimizer(resolve(config.method), config.train.steps).ask(0).probes)
+
+
 def _forwards(run: RunMetrics, config: Config) -> Callable[[int], float]:
-    probes = len(Optimizer(resolve(config.method), config.train.steps).ask(0).probes)
+    probes = probes_per_step(config)
     return lambda step: float(probes * step)

@@ -51,6 +51,6 @@ def standing(run: RunDirectory, config: Config) -> Standing:
             stopping.stop_if_stalled(evaluations, train.patience, train.min_delta)
         except StopRun:
             return Standing("stopped early", done)
-    if done >= train.max_skipped and not any(entry.coefficients for entry in entries[-train.max_skipped :]):
+    if stopping.has_diverged(entries, train.max_skipped):
         return Standing("diverged", done)
     return Standing("interrupted", done)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zotune.config import Config, dump
-from zotune.errors import ConfigError, JournalError
+from zotune.errors import ConfigError, JournalError, reason
 from zotune.progress import SCORES, Record, Reporter, SilentReporter, Smoothed
 from zotune.watching.metrics import read
 
@@ -102,7 +102,7 @@ class Tracker(SilentReporter):
         # What a tracker's library raises is its own affair, and all of it means that it cannot be used.
         except Exception as error:
             raise ConfigError(
-                f"{self._sink.name} cannot be used: {_reason(error)}. Mend that, or turn it off in the table [track] "
+                f"{self._sink.name} cannot be used: {reason(error)}. Mend that, or turn it off in the table [track] "
                 f"of {path / 'config.toml'}; then go on with 'zotune resume {path}'."
             ) from error
 
@@ -155,7 +155,7 @@ class Tracker(SilentReporter):
         try:
             act(self._sink)
         except Exception as error:
-            self._notice(f"{self._sink.name} failed and is left out from here on: {_reason(error)}")
+            self._notice(f"{self._sink.name} failed and is left out from here on: {reason(error)}")
             self._sink = None
 
 
@@ -260,7 +260,3 @@ def _identity(path: Path) -> str:
 def _rms(coefficients: list[float]) -> float | None:
     """Root mean square; None for a step without coefficients."""
     return math.hypot(*coefficients) / math.sqrt(len(coefficients)) if coefficients else None
-
-
-def _reason(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")

@@ -12,13 +12,13 @@ from typing import Any
 from zotune.config import Config
 from zotune.journal import Journal
 from zotune.journal.branches import open_run
-from zotune.optimizer import Optimizer
 from zotune.presets import PRESETS, resolve
 from zotune.progress import SCORES, duration
 from zotune.run import RunDirectory
 from zotune.watching import metrics
 from zotune.watching.differences import defaults, shown, values
 from zotune.watching.metrics import RunMetrics, number
+from zotune.watching.overlays import probes_per_step
 from zotune.watching.report.examples import Changes, changes
 from zotune.watching.standing import OVER, Standing, standing
 
@@ -145,7 +145,7 @@ def gather(path: Path) -> Report:
         usual=tuple(each for each in everything if each.default is None),
         journal=_journal(run),
         commands=_commands(path, config, where),
-        environment=_environment(path),
+        environment=_environment(run),
     )
 
 
@@ -196,15 +196,14 @@ def _timings(recorded: RunMetrics, config: Config) -> Timings:
     timed = [record for record in recorded.steps if record["seconds"] is not None]
     seconds = [record["seconds"] for record in timed]
     slowest = max(timed, key=lambda record: record["seconds"], default=None)
-    # What the first step of a run costs more, such as compilation, is in the total and not in the median.
-    probes = len(Optimizer(resolve(config.method), config.train.steps).ask(0).probes)
     return Timings(
         training=recorded.seconds,
         evaluating=sum(number(record["seconds"]) for record in recorded.evaluations),
+        # What the first step of a run costs more, such as compilation, is in the total and not in the median.
         step=statistics.median(seconds) if seconds else None,
         slowest=None if slowest is None else (slowest["seconds"], slowest["step"]),
         rows_per_s=config.train.batch_size * len(timed) / sum(seconds) if sum(seconds) else None,
-        forwards=probes * len(recorded.steps),
+        forwards=probes_per_step(config) * len(recorded.steps),
         skipped=sum(bool(record["skipped"]) for record in recorded.steps),
     )
 
@@ -239,10 +238,10 @@ def _commands(path: Path, config: Config, where: Standing) -> Facts:
     return tuple((purpose, shlex.join(["zotune", *map(str, words)])) for purpose, words in found)
 
 
-def _environment(path: Path) -> Facts:
+def _environment(run: RunDirectory) -> Facts:
     """What the manifest says; nothing where it is missing or damaged."""
+    manifest = run.read_manifest()
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         gpus = manifest["gpus"]
         facts = {
             "started": manifest["started"],
@@ -252,7 +251,7 @@ def _environment(path: Path) -> Facts:
             "GPU": ", ".join(gpus) if gpus else "none",
             **{name: version for name, version in manifest["versions"].items() if version is not None},
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return ()
     return tuple((label, str(value)) for label, value in facts.items())
 
