@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes is for `zotune bench` to say: on a busy machine, or when tables are built at first use, a
+# limit would fail tests of something else.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 GOOD = ("fine", "lovely", "moving", "bright", "warm")
 BAD = ("dull", "weak", "boring", "stale", "cold")

@@ -327,7 +327,6 @@ def test_there_is_a_result_or_an_error_of_ours(
     @settings(
         max_examples=round(share * examples),
         derandomize=share < 1,
-        deadline=None,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),

@@ -58,7 +58,7 @@ def test_the_same_key_draws_the_same_numbers_and_another_key_others(distribution
     assert (other != first).double().mean() > 0.4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     distribution=st.sampled_from(DISTRIBUTIONS),
     shapes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6),

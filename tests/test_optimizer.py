@@ -2,7 +2,7 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune.errors import ConfigError, NonFiniteLossError
@@ -23,7 +23,6 @@ METHODS = st.builds(
 STEPS = 20
 
 
-@settings(deadline=None)
 @given(method=METHODS, step=st.integers(0, STEPS - 1))
 def test_ask_is_pure_and_names_distinct_directions_of_the_step(method: Method, step: int) -> None:
     optimizer = Optimizer(method, STEPS)
@@ -36,7 +35,6 @@ def test_ask_is_pure_and_names_distinct_directions_of_the_step(method: Method, s
     assert (proposal.step, proposal.window) == (step, window)
 
 
-@settings(deadline=None)
 @given(method=METHODS, step=st.integers(0, STEPS - 1), data=st.data())
 def test_update_from_the_coefficients_alone_is_what_tell_gave(method: Method, step: int, data: st.DataObject) -> None:
     optimizer = Optimizer(method, STEPS)

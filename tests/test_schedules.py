@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune.schedules import SCHEDULES, factor
@@ -9,7 +9,6 @@ from zotune.schedules import SCHEDULES, factor
 NAMES = sorted(SCHEDULES)
 
 
-@settings(deadline=None)
 @given(schedule=st.sampled_from(NAMES), steps=st.integers(1, 10_000), warmup=st.integers(0, 12_000), data=st.data())
 def test_the_factor_is_a_share_and_moves_by_small_steps(
     schedule: str, steps: int, warmup: int, data: st.DataObject
@@ -23,7 +22,6 @@ def test_the_factor_is_a_share_and_moves_by_small_steps(
     assert abs(there - here) <= slope + 1e-12
 
 
-@settings(deadline=None)
 @given(schedule=st.sampled_from(NAMES), steps=st.integers(2, 10_000), data=st.data())
 def test_the_warm_up_rises_from_zero_and_ends_where_the_schedule_begins(
     schedule: str, steps: int, data: st.DataObject
@@ -34,7 +32,6 @@ def test_the_warm_up_rises_from_zero_and_ends_where_the_schedule_begins(
     assert factor(schedule, warmup, steps, warmup) == 1
 
 
-@settings(deadline=None)
 @given(schedule=st.sampled_from(NAMES), steps=st.integers(1, 10_000), warmup=st.integers(0, 9_999))
 def test_a_run_of_known_length_ends_at_zero_unless_constant(schedule: str, steps: int, warmup: int) -> None:
     warmup = min(warmup, steps - 1)

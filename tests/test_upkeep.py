@@ -36,7 +36,7 @@ def configure(tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Pa
     return partial(tiny_runs.configure, tmp_path, tiny_model_folder, sentiment_files)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cadence=CADENCES, stops=st.sets(st.integers(1, 11), max_size=2), dtype=st.sampled_from(["float32", "bfloat16"]))
 def test_what_is_looked_at_and_saved_when_never_changes_a_trajectory(
     configure: Configure,

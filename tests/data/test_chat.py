@@ -1,7 +1,7 @@
 from copy import deepcopy
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level, merging
 
@@ -82,7 +82,6 @@ def test_what_follows_the_last_answer_is_not_computed():
 contents = st.text(alphabet="ab .\n'é😀[]", min_size=1, max_size=12).filter(lambda text: text.strip() == text)
 
 
-@settings(deadline=None)
 @given(turns=st.lists(st.tuples(contents, contents), min_size=1, max_size=4), system=st.none() | contents)
 def test_every_conversation_gives_back_what_the_assistant_said(turns, system):
     messages = chat(*(text for pair in turns for text in pair), system=system)

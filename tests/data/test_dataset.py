@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level
 
@@ -156,7 +156,6 @@ def test_bad_data(tmp_path):
             load(given_config, TOKENIZER, CONTEXT)
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 30), batch_size=st.integers(1, 70), seed=st.integers(0, 2**64), epochs=st.integers(1, 3))
 def test_every_epoch_is_a_permutation(n, batch_size, seed, epochs):
     order = BatchOrder(n, batch_size, seed)
@@ -167,7 +166,6 @@ def test_every_epoch_is_a_permutation(n, batch_size, seed, epochs):
         assert sorted(taken[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
-@settings(deadline=None)
 @given(step=st.integers(0, 10**9), others=st.lists(st.integers(0, 10**4), max_size=6))
 def test_the_order_is_a_function_of_the_step_alone(step, others):
     expected = BatchOrder(37, 16, 5).indices(step)

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level, merging, words
 
@@ -36,7 +36,6 @@ def scored(candidate: Candidate) -> list[int]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None)
 @given(
     prompt=st.text("abcde .\nIé", min_size=1, max_size=12).filter(lambda prompt: prompt.strip(" ")),
     candidates=st.lists(st.text("abcde ", min_size=1, max_size=6), min_size=1, max_size=3),

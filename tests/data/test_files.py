@@ -14,7 +14,7 @@ from zotune.errors import DataError
 ROWS = [{"text": "café", "n": 1}, {"text": "a film\u2028of two lines 😀", "n": 2}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
-fixture_per_test = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fixture_per_test = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=8)
 
 
@@ -113,7 +113,7 @@ def test_row_groups_of_parquet(tmp_path):
         found[10]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     raw=st.binary(max_size=60) | st.text('{}[]",:\n\\ud8a1e0nul\r', max_size=40).map(str.encode),
     name=st.sampled_from(["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz", "rows.parquet"]),

@@ -44,7 +44,7 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(form=forms, keys=options, lines=st.lists(rows, min_size=2, max_size=6), spoil=st.just({}) | spoils)
 def test_any_rows_under_any_configuration(tmp_path, form, keys, lines, spoil):
     path = tmp_path / "rows.jsonl"

@@ -27,7 +27,7 @@ def rows(count, distinct, seed=0):
     return [{"text": f"film {draw.randrange(distinct)}", "label": number % 2} for number in range(count)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 99), sizes=st.sampled_from([{}, {"train_size": 20}, {"train_size": 12, "validation_size": 6}])
 )

@@ -23,7 +23,7 @@ def parts(seed: int, count: int, rank: int) -> list[tuple[Tensor, Tensor, float]
 
 
 @given(seed=st.integers(0, 2**31), count=st.integers(1, 8), rank=st.integers(1, 3), limit=st.integers(1, 7))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_factors_are_the_nearest_matrix_and_their_error_is_known(seed: int, count: int, rank: int, limit: int) -> None:
     weight = torch.randn(9, 6, generator=torch.Generator().manual_seed(seed + 1))
     change, moved = Change(SITE.shape), weight.clone().double()

@@ -38,7 +38,6 @@ def journals(draw: st.DrawFn, most: int = 5) -> list[Header | Entry | Change]:
     return drawn
 
 
-@settings(deadline=None)
 @given(journals())
 def test_any_journal_is_read_back(tmp_path_factory: pytest.TempPathFactory, drawn: list[Any]) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
@@ -60,7 +59,7 @@ def reads_no_wrong_record(path: Path, damaged: bytes, drawn: list[Any]) -> None:
     assert b"".join(map(records.line, read)) == damaged[: contents.sound]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(journals(most=3))
 def test_a_journal_cut_at_any_byte_gives_no_wrong_record(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[Any]
@@ -71,7 +70,7 @@ def test_a_journal_cut_at_any_byte_gives_no_wrong_record(
         reads_no_wrong_record(path, whole[:size], drawn)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(journals(most=3), st.randoms(use_true_random=False))
 def test_a_journal_with_a_byte_flipped_gives_no_wrong_record(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[Any], random: Random
@@ -95,7 +94,6 @@ def test_a_journal_cut_or_flipped_at_every_byte_gives_no_wrong_record(tmp_path: 
             reads_no_wrong_record(path, bytes(damaged), drawn)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300), st.booleans())
 def test_random_bytes_are_a_journal_error_or_dropped(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes, behind_a_header: bool

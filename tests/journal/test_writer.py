@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune import journal
@@ -56,7 +56,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "journal.jsonl"
 
 
-@settings(deadline=None)
 @given(losses=st.lists(finite, min_size=1), coefficients=st.lists(finite), lr=finite, batch=st.integers(0, 2**32 - 1))
 def test_what_is_written_is_read_back_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory, losses: list[float], coefficients: list[float], lr: float, batch: int

@@ -92,7 +92,7 @@ def test_lora_matrices_take_part() -> None:
     assert written != EmbeddedRuntime(tiny.model("llama"), METHODS["lora"]).generate(prompts(), max_new_tokens=8)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chosen=st.lists(st.integers(0, 9), min_size=1, max_size=6), max_tokens=st.sampled_from([1, 60, 16384]))
 def test_a_row_does_not_depend_on_its_company(chosen: list[int], max_tokens: int) -> None:
     alone = {i: LLAMA.generate([prompts()[i]], max_new_tokens=6, stop={14})[0] for i in set(chosen)}

@@ -50,7 +50,6 @@ def logit(seen: tuple[int, ...], token: int) -> int:
     return hash((seen, token)) % 1_000_003
 
 
-@settings(deadline=None)
 @given(batch=rows(), normalised=st.booleans())
 def test_every_token_of_every_row_is_there_once_in_its_place(batch: tuple[Row, ...], normalised: bool) -> None:
     packed = pack(batch, normalised=normalised)
@@ -60,7 +59,6 @@ def test_every_token_of_every_row_is_there_once_in_its_place(batch: tuple[Row, .
     assert packed.positions.tolist() == [len(tokens) - 1 for tokens in seen]
 
 
-@settings(deadline=None)
 @given(batch=rows(), normalised=st.booleans())
 def test_kept_and_picked_point_at_the_scored_tokens(batch: tuple[Row, ...], normalised: bool) -> None:
     packed = pack(batch, normalised=normalised)
@@ -78,7 +76,6 @@ def test_kept_and_picked_point_at_the_scored_tokens(batch: tuple[Row, ...], norm
     assert set(packed.picked[0].tolist()) == set(range(len(packed.kept))), "a hidden state is kept for nothing"
 
 
-@settings(deadline=None)
 @given(batch=rows())
 def test_about_equal_lengths_are_one_group(batch: tuple[Row, ...]) -> None:
     packed = pack(batch, normalised=True)
@@ -92,7 +89,6 @@ def test_about_equal_lengths_are_one_group(batch: tuple[Row, ...]) -> None:
     assert all(group.queries.shape[1] % 16 == 0 for group in packed.groups)
 
 
-@settings(deadline=None)
 @given(batch=rows(longest=1))
 def test_single_tokens_cost_their_prompt_and_their_rows_of_the_head(batch: tuple[Row, ...]) -> None:
     packed = pack(batch, normalised=False)
@@ -110,7 +106,7 @@ def test_one_longer_candidate_needs_the_whole_vocabulary() -> None:
     assert pack([single, longer], normalised=False).vocabulary is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(costs=st.lists(st.integers(1, 20), max_size=15), budget=st.integers(1, 40))
 def test_cut_covers_the_rows_once_within_the_budget(costs: list[int], budget: int) -> None:
     parts = list(cut(costs, budget))
