@@ -1,0 +1,1 @@
+"""The vLLM runtime: stock vLLM with zotune's worker, scored by packed forwards."""

@@ -1,0 +1,317 @@
+"""Wrapping an engine's layers: each calls what was there and adds its tokens' perturbation.
+
+Matrices and tables are tuned behind custom operators, opaque to a compiler, because what they call may be a packed,
+quantised or replaced weight. Normalisations are plain tensor code, which a compiler fuses.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zotune.errors import ModelError
+from zotune.runtimes.engine.tokenwise import Part, TokenMix, TunedMatrix, TunedTable, TunedVector
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site is.
+
+    Attributes:
+        path: The module's name in the engine.
+        module: The module.
+        parameter: The parameter's name in it, ``weight`` or ``bias``.
+        kind: ``linear``, ``table`` (an embedding) or ``norm``.
+        part: Where in the parameter.
+    """
+
+    path: str
+    module: Any
+    parameter: str
+    kind: str
+    part: Part
+
+
+class Layer:
+    """A wrapped module: what was there, and what it is tuned by."""
+
+    def __init__(self, path: str, module: Any) -> None:
+        self.path, self.module = path, module
+        self.weight: TunedMatrix | TunedTable | TunedVector | None = None
+        self.bias: TunedVector | None = None
+        self.plain = False
+        self.calls = 0
+
+    @property
+    def tuned(self) -> list[TunedMatrix | TunedTable | TunedVector]:
+        """What of the module is tuned."""
+        return [each for each in (self.weight, self.bias) if each is not None]
+
+
+class LinearLayer(Layer):
+    """A linear layer, wrapped at its ``quant_method``: stands for it, and passes on all but ``apply``."""
+
+    def __init__(self, path: str, module: Any) -> None:
+        super().__init__(path, module)
+        self.base = module.quant_method
+        self.key = _register(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["base"], name)
+
+    def wrap(self) -> None:
+        """Take the place of the module's ``quant_method``."""
+        self.module.quant_method = self
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W_n^T + bias`` of every token n; ``x`` is ``(tokens, in)``."""
+        if torch.compiler.is_compiling():
+            return torch.ops.zotune.linear(x, bias, self.key, self.module.output_size_per_partition)  # type: ignore[no-any-return]
+        return self.run(x, bias)
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What `apply` does, whatever the compiler sees."""
+        self.calls += 1
+        if self.plain:
+            return self.base.apply(self.module, x, bias)
+        decays = isinstance(self.weight, TunedMatrix) and self.weight.decays
+        y = self.base.apply(self.module, x, None if decays else bias)
+        if isinstance(self.weight, TunedMatrix):
+            if decays:
+                y = y.mul_(self.weight.keep)
+                y = y if bias is None else y.add_(bias)
+            y = self.weight.add_to(y, x)
+        if self.bias is not None and bias is not None:
+            y.add_(self.bias.shift(len(x)))
+        return y
+
+
+class TableLayer(Layer):
+    """An embedding, perhaps also the output head."""
+
+    def __init__(self, path: str, module: Any) -> None:
+        super().__init__(path, module)
+        self.base = getattr(module, "quant_method", None)
+        self.key = _register(self)
+        self._forward = module.forward
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["base"], name)
+
+    def wrap(self) -> None:
+        """Take the place of the module's ``quant_method``, or of its forward where it has none."""
+        if self.base is not None:
+            self.module.quant_method = self
+        else:
+            self.module.forward = lambda ids: self.embedding(self.module, ids)
+
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
+        """``W_n[id_n]`` of every token n."""
+        if torch.compiler.is_compiling():
+            return torch.ops.zotune.embedding(ids, self.key, self.module.weight.shape[1], self.module.weight)  # type: ignore[no-any-return]
+        return self.run(ids)
+
+    def run(self, ids: Tensor) -> Tensor:
+        """What `embedding` does, whatever the compiler sees."""
+        self.calls += 1
+        found = self._lookup(self.module.weight, ids)
+        if self.plain or not isinstance(self.weight, TunedTable):
+            return found
+        return self.weight.embed(lambda table: self._lookup(table, ids), found)
+
+    def _lookup(self, table: Tensor, ids: Tensor) -> Tensor:
+        if self.base is not None:
+            return F.embedding(ids, table)
+        twin = copy.copy(self.module)
+        twin.__dict__.pop("forward", None)
+        twin._parameters = {}
+        twin.__dict__["weight"] = table
+        return type(self.module).forward(twin, ids)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits for the engine's own requests, which see the model without directions."""
+        y = self.base.apply(layer, x, bias)
+        if self.plain or not isinstance(self.weight, TunedTable):
+            return y
+        table = self.weight
+        update = (x.float() @ table.v) @ table.phi[:, 0].T
+        if table.decays:
+            y = y.mul_(table.keep)
+        return y.add_(update)
+
+
+class NormLayer(Layer):
+    """A normalisation with a gain and perhaps a bias: ``normed(x) * (gain + offset) + bias``.
+
+    Which kind it is, is found out by trying.
+
+    Raises:
+        ModelError: It is of no kind that is known.
+    """
+
+    def __init__(self, path: str, module: Any) -> None:
+        super().__init__(path, module)
+        self._stored = module.weight.data
+        self._stored_bias = getattr(module, "bias", None)
+        self._eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+        self._dtype = module.weight.dtype
+        self._kind, self._offset = self._tried(module.forward)
+
+    def wrap(self) -> None:
+        """Take the place of the module's forward."""
+        self.module.forward = self.run
+
+    def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise ``(tokens, ..., n)``, after adding the residual if there is one; with it the sum is given too."""
+        total = x.float() if residual is None else x.float() + residual.float()
+        gain, bias = self._gain(len(x)), self._bias(len(x))
+        spread = (len(x),) + (1,) * (x.dim() - 2) + (-1,)
+        y = self._normed(self._kind, total) * gain.view(spread)
+        if bias is not None:
+            y = y + bias.view(spread)
+        return y.to(x.dtype) if residual is None else (y.to(x.dtype), total.to(x.dtype))
+
+    def _gain(self, tokens: int) -> Tensor:
+        stored = self._stored.float()
+        if not isinstance(self.weight, TunedVector):
+            return (stored + self._offset).expand(tokens, -1)
+        kept = stored * self.weight.keep if self.weight.decays else stored
+        return kept + self._offset + self.weight.shift(tokens)
+
+    def _bias(self, tokens: int) -> Tensor | None:
+        if self._stored_bias is None:
+            return None
+        stored = self._stored_bias.float()
+        return stored.expand(tokens, -1) if self.bias is None else stored + self.bias.shift(tokens)
+
+    def _normed(self, kind: str, x: Tensor) -> Tensor:
+        if kind == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+
+    def _tried(self, forward: Callable[[Tensor], Tensor]) -> tuple[str, float]:
+        n, device = len(self._stored), self._stored.device
+        x = torch.linspace(-1, 2, 3 * n, device=device).view(3, n).sin().to(self._dtype)
+        with torch.no_grad():
+            expected = forward(x.clone()).float()
+            for kind, offset in itertools.product(("rms", "layer"), (0.0, 1.0)):
+                y = self._normed(kind, x.float()) * (self._stored.float() + offset)
+                y = y if self._stored_bias is None else y + self._stored_bias.float()
+                if torch.allclose(y, expected, atol=2e-2 if self._dtype != torch.float32 else 1e-4, rtol=2e-2):
+                    return kind, offset
+        raise ModelError(
+            f"{self.path} ({type(self.module).__name__}) is no normalisation that zotune knows. "
+            "Set method.scope = 'linear' to tune the linear layers only."
+        )
+
+
+class Head:
+    """The output head, float32 and only where it is asked for.
+
+    Args:
+        module: Holds the weight, perhaps a shard of the vocabulary, and perhaps a bias.
+        owned: Token ids whose rows are here.
+        scale: Factor of the logits.
+        soft_cap: Bound of the logits before scaling, or None.
+    """
+
+    def __init__(self, module: Any, owned: slice, scale: float, soft_cap: float | None) -> None:
+        self.module, self.owned, self.scale, self.soft_cap = module, owned, scale, soft_cap
+
+    def logits(self, hidden: Tensor, mix: Tensor, table: TunedTable | None, vocabulary: Tensor | None) -> Tensor:
+        """Float32 logits ``(n, columns)`` of the rows that are here.
+
+        Args:
+            hidden: float32 ``(n, width)``.
+            mix: The mixture of each, float32 ``(n, columns)``.
+            table: What the head is tuned by; None where it is not.
+            vocabulary: Which of the rows that are here to score; None for all.
+        """
+        count = self.owned.stop - self.owned.start
+        weight = (self.module.weight[:count] if vocabulary is None else self.module.weight[vocabulary]).float()
+        y = hidden @ weight.T if table is None else table.logits(hidden, mix, weight, vocabulary)
+        if (bias := getattr(self.module, "bias", None)) is not None:
+            y += (bias[:count] if vocabulary is None else bias[vocabulary]).float()
+        if self.soft_cap is not None:
+            y = torch.tanh(y / self.soft_cap) * self.soft_cap
+        return y * self.scale
+
+
+_KINDS: dict[str, type[LinearLayer] | type[TableLayer] | type[NormLayer]] = {
+    "linear": LinearLayer,
+    "table": TableLayer,
+    "norm": NormLayer,
+}
+
+
+def wrap(places: Sequence[Place], rank: int, mix: TokenMix) -> list[Layer]:
+    """Wrap the modules of these places; what was wrapped, in order.
+
+    Args:
+        places: One per site.
+        rank: Columns of a window's V.
+        mix: What each token sees; read by every layer.
+    """
+    by_module: dict[str, list[Place]] = {}
+    for place in places:
+        by_module.setdefault(place.path, []).append(place)
+    layers = []
+    for path, members in by_module.items():
+        layer: Any = _KINDS[members[0].kind](path, members[0].module)
+        weights = [place.part for place in members if place.parameter == "weight"]
+        biases = [place.part for place in members if place.parameter == "bias"]
+        if weights:
+            layer.weight = _tuned(layer, weights, rank, mix)
+        if biases:
+            layer.bias = TunedVector(biases, _size(biases), mix)
+        layer.wrap()
+        layers.append(layer)
+    return layers
+
+
+def _tuned(layer: Layer, parts: list[Part], rank: int, mix: TokenMix) -> TunedMatrix | TunedTable | TunedVector:
+    module = layer.module
+    if isinstance(layer, TableLayer):
+        return TunedTable(parts[0], len(module.weight), rank, mix)
+    if isinstance(layer, NormLayer):
+        return TunedVector(parts, _size(parts), mix)
+    return TunedMatrix(parts, (module.output_size_per_partition, module.input_size_per_partition), rank, mix)
+
+
+def _size(parts: Sequence[Part]) -> int:
+    return max(part.local.stop for part in parts)
+
+
+_LAYERS: list[Any] = []
+
+
+def _register(layer: Any) -> int:
+    _LAYERS.append(layer)
+    return len(_LAYERS) - 1
+
+
+@torch.library.custom_op("zotune::linear", mutates_args=())
+def _linear(x: Tensor, bias: Tensor | None, key: int, width: int) -> Tensor:
+    return _LAYERS[key].run(x, bias)  # type: ignore[no-any-return]
+
+
+@_linear.register_fake
+def _(x: Tensor, bias: Tensor | None, key: int, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
+
+
+@torch.library.custom_op("zotune::embedding", mutates_args=())
+def _embedding(ids: Tensor, key: int, width: int, like: Tensor) -> Tensor:
+    return _LAYERS[key].run(ids)  # type: ignore[no-any-return]
+
+
+@_embedding.register_fake
+def _(ids: Tensor, key: int, width: int, like: Tensor) -> Tensor:
+    return like.new_empty(*ids.shape, width)

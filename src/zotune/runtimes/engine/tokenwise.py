@@ -1,0 +1,241 @@
+"""Low-rank perturbation, token by token: what the wrapped layers of an inference engine compute.
+
+An engine decides where a token lies in a forward, pads it, and may capture it as a graph. So every token carries its own
+mixture here, in one static buffer that all layers read: column 0 is the update accumulated in this window, column j the
+j-th direction in flight. A linear layer computes
+
+    y = x W^T + sum_j (mix[:, j] * x V) Phi_j^T,    Phi_0 = B,  Phi_j = eps U_j,  mix = 1 and -1, 0, +1
+
+as one skinny product behind its own; see `zotune.runtimes.lowrank` for the mathematics. All buffers keep their place in
+memory, which is what a captured graph needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zotune.layout import Site
+from zotune.protocol import DirectionKey, Probe, Update
+from zotune.runtimes.folding import Fold
+from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
+
+Lookup = Callable[[Tensor], Tensor]
+"""A module's own look-up in another table ``(rows, n)``: ``(tokens, n)``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a site lies in a module of the engine, which may hold several sites or a shard of one.
+
+    Attributes:
+        site: The site.
+        local: Rows of the module's weight, or elements of its vector.
+        rows: The site's own rows that these are: a slice, or indices where they are not side by side.
+        columns: The site's own columns.
+    """
+
+    site: Site
+    local: slice
+    rows: slice | Tensor
+    columns: slice = field(default_factory=lambda: slice(None))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part's rows of a tensor whose first axis runs over the site's."""
+        return tensor[self.rows]
+
+
+class TokenMix:
+    """How every token of a forward mixes update and directions.
+
+    Args:
+        tokens: Most tokens of a forward.
+        directions: Most directions in flight.
+        dtype: The model's.
+        device: Where the model is.
+    """
+
+    def __init__(self, tokens: int, directions: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.exact = torch.zeros(tokens, 1 + directions, device=device)
+        self.exact[:, 0] = 1.0
+        self.model = self.exact if dtype == torch.float32 else self.exact.to(dtype)
+
+    @property
+    def columns(self) -> int:
+        """Of every token's mixture."""
+        return self.exact.shape[1]
+
+    def show(self, rows: Tensor) -> None:
+        """Give the first tokens these mixtures, float32 ``(tokens, columns)``."""
+        self.exact[: len(rows)] = rows
+        if self.model is not self.exact:
+            self.model[: len(rows)] = rows
+
+    def clear(self, tokens: int) -> None:
+        """Make the first tokens clean again: the update alone."""
+        for buffer in {id(self.exact): self.exact, id(self.model): self.model}.values():
+            buffer[:tokens] = 0.0
+            buffer[:tokens, 0] = 1.0
+
+
+class TunedVector:
+    """Biases or gains ``(n,)`` of a module, as every token sees them: as stored, plus its mixture of ``phi``."""
+
+    def __init__(self, parts: Sequence[Part], size: int, mix: TokenMix) -> None:
+        self.parts, self.mix = tuple(parts), mix
+        self.phi = torch.zeros(mix.columns, size, device=mix.exact.device)
+        self.keep = torch.ones((), device=mix.exact.device)
+        self.decays = False
+
+    def show(self, column: int, factors: Mapping[Site, Tensor]) -> None:
+        """Take one column's change of every part."""
+        for part in self.parts:
+            self.phi[column, part.local] = part.of(factors[part.site])
+
+    def shift(self, tokens: int) -> Tensor:
+        """Float32 ``(tokens, n)``."""
+        return self.mix.exact[:tokens] @ self.phi
+
+
+class TunedMatrix:
+    """The linear weight of a module: one site or several side by side, whole or a shard."""
+
+    def __init__(self, parts: Sequence[Part], shape: tuple[int, int], rank: int, mix: TokenMix) -> None:
+        self.parts, self.rank, self.mix = tuple(parts), rank, mix
+        dtype, device = mix.model.dtype, mix.model.device
+        width = rank * len(self.parts)
+        self.v = torch.zeros(shape[1], width, dtype=dtype, device=device)
+        # Zero wherever a site's factors do not reach another site's rows.
+        self.phi = torch.zeros(mix.columns, width, shape[0], dtype=dtype, device=device)
+        self.keep = torch.ones((), dtype=dtype, device=device)
+        self.decays = False
+
+    def open_window(self, sites: Mapping[Site, LowRankMatrix]) -> None:
+        """Take the window's V of every part."""
+        for part, own in self._own():
+            self.v[:, own] = sites[part.site].v[part.columns]
+
+    def show(self, column: int, factors: Mapping[Site, Tensor]) -> None:
+        """Take one column's factors ``(out, r)`` of every part."""
+        for part, own in self._own():
+            self.phi[column, own, part.local] = part.of(factors[part.site]).T
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add every token's perturbation to ``y (tokens, out)``, in place; ``x`` is ``(tokens, in)``."""
+        projected = (x @ self.v).unsqueeze(1) * self.mix.model[: len(x)].unsqueeze(2)
+        return y.addmm_(projected.flatten(1), self.phi.flatten(0, 1))
+
+    def _own(self) -> list[tuple[Part, slice]]:
+        return [(part, slice(s * self.rank, (s + 1) * self.rank)) for s, part in enumerate(self.parts)]
+
+
+class TunedTable:
+    """An embedding ``(rows, width)``, also as an output head; factors are float32."""
+
+    def __init__(self, part: Part, rows: int, rank: int, mix: TokenMix) -> None:
+        self.parts, self.rank, self.mix = (part,), rank, mix
+        self.phi = torch.zeros(rows, mix.columns, rank, device=mix.exact.device)
+        self.v = torch.zeros(part.site.shape[1], rank, device=mix.exact.device)
+        self.keep = torch.ones((), device=mix.exact.device)
+        self.decays = False
+
+    def open_window(self, sites: Mapping[Site, LowRankMatrix]) -> None:
+        """Take the window's V."""
+        self.v.copy_(sites[self.parts[0].site].v)
+
+    def show(self, column: int, factors: Mapping[Site, Tensor]) -> None:
+        """Take one column's factors ``(rows, r)``."""
+        (part,) = self.parts
+        self.phi[part.local, column] = part.of(factors[part.site])
+
+    def embed(self, lookup: Lookup, found: Tensor) -> Tensor:
+        """Every token's own embedding ``(tokens, width)``, from what it ``found`` in the stored table."""
+        factors = lookup(self.phi.flatten(1)).view(len(found), -1, self.rank)
+        shift = torch.einsum("njr,nj->nr", factors, self.mix.exact[: len(found)]) @ self.v.T
+        return found.float().mul_(self.keep).add_(shift).to(found.dtype)
+
+    def logits(self, hidden: Tensor, mix: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Float32 logits ``(n, rows)``.
+
+        Args:
+            hidden: float32 ``(n, width)``.
+            mix: The mixture of each, float32 ``(n, columns)``.
+            weight: The stored rows that are asked for, float32.
+            rows: Which they are; None for all.
+        """
+        phi = self.phi[: len(weight)] if rows is None else self.phi[rows]
+        projected = (hidden @ self.v).unsqueeze(1) * mix.unsqueeze(2)
+        return (hidden @ weight.T).mul_(self.keep).addmm_(projected.flatten(1), phi.flatten(1).T)
+
+
+Tuned = TunedVector | TunedMatrix | TunedTable
+
+
+class TokenSpace(LowRankSpace):
+    """A low-rank space whose factors are copied into the static buffers of an engine's modules."""
+
+    def attach(self, modules: Sequence[Tuned], mix: TokenMix) -> None:
+        """Let these modules follow all that moves here from now on."""
+        self.modules, self.mix = tuple(modules), mix
+        for module in modules:
+            module.decays = bool(self.method.weight_decay) and module.parts[0].site.decays
+        self._refresh_window()
+
+    def column_of(self, probes: Sequence[Probe]) -> dict[tuple[DirectionKey, float], int]:
+        """The column of every direction of these probes."""
+        moved = dict.fromkeys((probe.key, probe.eps) for probe in probes if probe.key is not None)
+        return {direction: column for column, direction in enumerate(moved, start=1)}
+
+    def probe(self, probes: Sequence[Probe]) -> None:
+        """Make the modules hold the directions of these probes; `TokenMix` says which token sees which.
+
+        Raises:
+            ValueError: A probe is not of the current window, or there are more directions than columns.
+        """
+        columns = self.column_of(probes)
+        if len(columns) >= self.mix.columns:
+            raise ValueError(f"got {len(columns)} directions at once, room is for {self.mix.columns - 1}")
+        for (key, eps), column in columns.items():
+            self._show(column, self._draw(key) * eps)
+
+    def mixtures(self, probes: Sequence[Probe]) -> Tensor:
+        """The mixture of a token of each probe, float32 ``(probes, columns)``."""
+        columns = self.column_of(probes)
+        rows = torch.zeros(len(probes), self.mix.columns)
+        rows[:, 0] = 1.0
+        for row, probe in zip(rows, probes, strict=True):
+            if probe.key is not None:
+                row[columns[probe.key, probe.eps]] = probe.sign
+        return rows.to(self.device)
+
+    def apply(self, update: Update, weights: Mapping[Site, Tensor], fold: Fold) -> None:
+        """As `LowRankSpace.apply`; the modules show the new update at once."""
+        super().apply(update, weights, fold)
+        if update.closes_window:
+            self._refresh_window()
+        else:
+            self._refresh_update()
+
+    def load_state(self, state: dict[str, Tensor], window: int) -> None:
+        """As `LowRankSpace.load_state`."""
+        super().load_state(state, window)
+        self._refresh_window()
+
+    def _refresh_window(self) -> None:
+        for module in self.modules:
+            if not isinstance(module, TunedVector):
+                module.open_window(self.sites)
+        self._refresh_update()
+
+    def _refresh_update(self) -> None:
+        for module in self.modules:
+            module.keep.fill_(self.sites[module.parts[0].site].keep)
+        self._show(0, self.factors)
+
+    def _show(self, column: int, flat: Tensor) -> None:
+        factors = dict(zip(self.sites, self.directions.factors.views(flat), strict=True))
+        for module in self.modules:
+            module.show(column, factors)

@@ -1,0 +1,240 @@
+"""The worker's side of the vLLM runtime: it owns the space and the weights, and turns probes and rows into scores.
+
+It knows nothing of vLLM but `Engine`. What it takes and gives is plain data, because it may have to cross a process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zotune.layout import Site
+from zotune.optimizer import Method
+from zotune.protocol import Probe
+from zotune.rows import Row
+from zotune.runtimes.engine import wire
+from zotune.runtimes.engine.batch import Batch, Prepared
+from zotune.runtimes.engine.layers import Head, Layer, Place, wrap
+from zotune.runtimes.engine.tokenwise import TokenMix, TokenSpace, TunedTable
+from zotune.runtimes.engine.weights import Weights
+from zotune.runtimes.folding import StochasticFold
+from zotune.runtimes.packing import ACTIVATIONS, cut
+
+MOST_DIRECTIONS = 16
+"""Directions of one forward; more are scored in several."""
+
+
+class Engine(Protocol):
+    """What a `Tuner` asks of the engine whose model it tunes."""
+
+    model: nn.Module
+    dtype: torch.dtype
+    device: torch.device
+    max_tokens: int
+    max_rows: int
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Tokens of a block of each group of the key-value cache."""
+        ...
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that a forward may use."""
+        ...
+
+    def locate(self, sites: Sequence[Site]) -> list[Place]:
+        """Where each site is."""
+        ...
+
+    def head(self) -> Head:
+        """The output head."""
+        ...
+
+    def forward(self, sequences: Sequence[list[int]]) -> Tensor:
+        """Hidden states of these sequences, ascending by length, ``(tokens, width)``."""
+        ...
+
+    def plain(self, place: Place) -> Tensor:
+        """A parameter in plain form."""
+        ...
+
+    def repack(self, place: Place, weight: Tensor) -> None:
+        """Take a parameter's new value."""
+        ...
+
+
+class Tuner:
+    """Tunes the model of one worker.
+
+    Args:
+        engine: What runs the model.
+        settings: What `zotune.runtimes.engine.wire.settings` wrote.
+
+    Raises:
+        ModelError: A site has no place in the engine's model that is known.
+    """
+
+    def __init__(self, engine: Engine, settings: Mapping[str, Any]) -> None:
+        self.engine, self.method = engine, Method(**settings["method"])
+        self._seed, self._fold = settings["seed"], settings["fold"]
+        sites = [wire.site(each) for each in settings["sites"]]
+        self.places = engine.locate(sites)
+        self.mix = TokenMix(
+            engine.max_tokens, min(self.method.directions, MOST_DIRECTIONS), engine.dtype, engine.device
+        )
+        self.layers: list[Layer] = wrap(self.places, self.method.rank, self.mix)
+        self.space = TokenSpace(sites, self.method, self._seed, engine.device)
+        self.space.attach([tuned for layer in self.layers for tuned in layer.tuned], self.mix)
+        self.head = engine.head()
+        self._table = _table_of(self.head, self.layers)
+        self._weights: Weights | None = None
+        self._rows: dict[int, Prepared] = {}
+        self.timings = dict.fromkeys(("draw", "pack", "forward", "head", "apply", "fold"), 0.0)
+
+    @property
+    def weights(self) -> Weights:
+        """The tuned weights; read back from the engine the first time that they are needed."""
+        if self._weights is None:
+            self._weights = Weights(self.places, self.engine.plain, self.engine.repack, self._seed, self._fold)
+        return self._weights
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call one of the methods ``on_...``, which are the driver's."""
+        with torch.inference_mode():
+            return getattr(self, f"on_{method}")(*args)
+
+    def on_rows(self, rows: Mapping[Any, Any]) -> None:
+        """Take rows to score later, by number."""
+        self._rows |= {int(number): Prepared.of(wire.row(each)) for number, each in rows.items()}
+
+    def on_score(self, probes: Sequence[Any], numbers: Sequence[int], normalised: bool) -> tuple[bytes, bytes]:
+        """Score rows under probes.
+
+        Returns:
+            Logits of every scored token, in the order of rows, candidates and tokens, and the logarithms of what
+            normalises them: float32 ``(probes, scored tokens)`` each. Logits of tokens that another shard of the
+            vocabulary owns are 0. The normalisers are empty where they are not asked for or cancel.
+        """
+        rows = [self._rows[number] for number in numbers]
+        asked = [wire.probe(each) for each in probes]
+        whole = normalised or not all(row.single_token for row in rows)
+        costs = [self._cost(row, whole) for row in rows]
+        limit = max(1, self.engine.max_tokens // max(costs))
+        parts = [self._score(group, rows, costs, whole) for group in _groups(asked, limit, self.mix.columns - 1)]
+        logits, normalisers = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return logits.tobytes(), normalisers.tobytes()
+
+    def _score(
+        self, probes: Sequence[Probe], rows: Sequence[Prepared], costs: Sequence[int], whole: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        with self._timed("draw"):
+            self.space.probe(probes)
+            mixtures = self.space.mixtures(probes)
+        parts = [self._forward(rows[part], mixtures, whole) for part in cut(costs, self.engine.max_tokens // len(probes))]
+        logits, normalisers = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
+        return logits, normalisers
+
+    def _forward(self, rows: Sequence[Prepared], mixtures: Tensor, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+        with self._timed("pack"):
+            batch = Batch.of(rows, len(mixtures))
+            state = torch.from_numpy(batch.states).to(mixtures.device)
+            self.mix.show(mixtures[state])
+        try:
+            with self._timed("forward"):
+                hidden = self.engine.forward(batch.sequences)
+        finally:
+            self.mix.clear(len(state))
+        with self._timed("head"):
+            return self._read(hidden, batch, mixtures, whole)
+
+    def _read(self, hidden: Tensor, batch: Batch, mixtures: Tensor, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and normalisers of what the batch scores."""
+        probes = len(mixtures)
+        kept = hidden[torch.from_numpy(batch.kept.ravel()).to(hidden.device)].float()
+        mix = mixtures.repeat_interleave(batch.kept.shape[1], dim=0)
+        start, stop = self.head.owned.start, self.head.owned.stop
+        owned = (batch.tokens >= start) & (batch.tokens < stop)
+        local = batch.tokens[owned] - start
+        vocabulary, column = (None, local) if whole else np.unique(local, return_inverse=True)
+        wanted = None if vocabulary is None else torch.from_numpy(vocabulary).to(hidden.device)
+        logits = self.head.logits(kept, mix, self._table, wanted).view(probes, batch.kept.shape[1], -1)
+        picked = np.zeros((probes, len(batch.tokens)), dtype=np.float32)
+        picked[:, owned] = logits[:, torch.from_numpy(batch.place[owned]), torch.from_numpy(column)].cpu().numpy()
+        if not whole:
+            return picked, np.zeros((probes, 0), dtype=np.float32)
+        return picked, logits.logsumexp(-1)[:, torch.from_numpy(batch.place)].cpu().numpy()
+
+    def _cost(self, row: Prepared, whole: bool) -> int:
+        """Tokens of a forward that a row is worth: its own, its share of sequences and blocks, and of logits."""
+        engine = self.engine
+        blocks = sum(-(-len(tokens) // size) for tokens in row.sequences for size in engine.blocks)
+        shares = [len(row.sequences) / engine.max_rows, blocks / engine.n_blocks]
+        cost = max(row.n_tokens, *(-(-int(engine.max_tokens * share * 1024) // 1024) + 1 for share in shares))
+        if not whole:
+            return cost
+        owned, width = self.head.owned, self.head.module.weight.shape[1]
+        return cost + len(row.kept) * (owned.stop - owned.start) // (ACTIVATIONS * width)
+
+    def on_apply(self, update: Any) -> None:
+        """Change the weights."""
+        given = wire.update(update)
+        with self._timed("fold" if given.closes_window else "apply"):
+            if given.closes_window:
+                self.weights.apply(self.space, given)
+            else:
+                self.space.apply(given, {}, StochasticFold(self._seed))
+
+    def on_state_names(self) -> list[str]:
+        """Names of the tensors of a checkpoint."""
+        return [*self.weights.state(), *self.space.state()]
+
+    def on_tensor(self, name: str) -> tuple[Any, Any]:
+        """A tensor of the state that is here, and which rows and columns of the whole it is (None: all of it)."""
+        state = self.weights.state() | self.space.state()
+        part = self.weights.part_of(name)
+        return wire.pack_tensor(state[name]), part and wire.pack_part(part)
+
+    def on_load(self, tensors: Mapping[str, Any], window: int) -> None:
+        """Restore a whole state."""
+        state = {name: wire.tensor(each) for name, each in tensors.items()}
+        self.weights.load_state(state)
+        self.space.load_state(state, window)
+
+    def on_timings(self) -> dict[str, float]:
+        """Seconds spent so far, by phase."""
+        return dict(self.timings)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.timings[phase] += time.perf_counter() - start
+
+
+def _groups(probes: Sequence[Probe], limit: int, directions: int) -> Iterator[list[Probe]]:
+    """Probes that go into one forward: at most ``limit``, and of at most so many directions."""
+    group: list[Probe] = []
+    for probe in probes:
+        moved = {(each.key, each.eps) for each in (*group, probe) if each.key is not None}
+        if group and (len(group) >= limit or len(moved) > directions):
+            yield group
+            group = []
+        group.append(probe)
+    yield group
+
+
+def _table_of(head: Head, layers: Sequence[Layer]) -> TunedTable | None:
+    """What tunes the output head: its own site, or that of the embedding that it is tied to."""
+    for layer in layers:
+        if isinstance(layer.weight, TunedTable) and layer.module.weight is head.module.weight:
+            return layer.weight
+    return None
+
+

@@ -1,0 +1,129 @@
+"""The weights of one worker: where they are plain, how a fold reaches them, and their shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.layout import Site
+from zotune.protocol import Update
+from zotune.runtimes.engine.layers import Place
+from zotune.runtimes.engine.tokenwise import Part, TokenSpace
+from zotune.runtimes.folding import Change, MasterFold, StochasticFold
+
+
+class Weights:
+    """The tuned weights that are here, as plain tensors that a fold may change.
+
+    An engine may keep a weight in another form (packed for the processor's products). Then its plain form is read back
+    once, kept on the host, and given to the engine anew after every fold.
+
+    Args:
+        places: Where the sites are.
+        plain: Gives a module's parameter in plain form: the engine's own tensor, or a copy.
+        repack: Has the engine prepare a module's weight anew from its plain form.
+        seed: The run's seed.
+        fold: ``stochastic`` or ``master``; see `zotune.runtimes.folding`.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        plain: Callable[[Place], Tensor],
+        repack: Callable[[Any, Tensor], None],
+        seed: int,
+        fold: str,
+    ) -> None:
+        self._repack = repack
+        self.parts = {place.part.site: place.part for place in places}
+        self._stored: dict[tuple[str, str], tuple[Place, Tensor]] = {}
+        for place in places:
+            key = (place.path, place.parameter)
+            if key not in self._stored:
+                self._stored[key] = place, plain(place)
+        self.views = {
+            place.part.site: self._stored[place.path, place.parameter][1][place.part.local] for place in places
+        }
+        inner = (
+            StochasticFold(seed)
+            if fold == "stochastic"
+            else MasterFold({site.name: weight for site, weight in self.views.items()})
+        )
+        self.fold = ShardFold(inner, self.parts)
+
+    def apply(self, space: TokenSpace, update: Update) -> None:
+        """Let the space move by the update; after a fold the engine has the new weights."""
+        space.apply(update, self.views, self.fold)
+        if update.closes_window:
+            self.repack()
+
+    def repack(self) -> None:
+        """Give the engine every weight as it is now."""
+        for place, stored in self._stored.values():
+            self._repack(place, stored)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint that are sharded: the weights, and the fold's copies."""
+        return {f"weight/{site.name}": weight for site, weight in self.views.items()} | self.fold.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` gave, from whole tensors."""
+        for site, weight in self.views.items():
+            weight.copy_(shard(state[f"weight/{site.name}"], self.parts[site]))
+        kept = {name: shard(state[name], self._part_of(name)) for name in self.fold.state()}
+        self.fold.load_state(kept)
+        self.repack()
+
+    def part_of(self, name: str) -> Part | None:
+        """Which part of a tensor of the state is here; None where all of it is."""
+        return self._part_of(name) if "/" in name else None
+
+    def _part_of(self, name: str) -> Part:
+        wanted = name.partition("/")[2]
+        return next(part for site, part in self.parts.items() if site.name == wanted)
+
+
+class ShardFold:
+    """A fold of shards that gives the bits which the fold of the whole weight would give."""
+
+    def __init__(self, fold: StochasticFold | MasterFold, parts: Mapping[Site, Part]) -> None:
+        self._fold, self._parts = fold, parts
+
+    def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
+        """As `zotune.runtimes.folding.StochasticFold.add`, for the part of the site that ``weight`` is."""
+        part = self._parts[site]
+        if tuple(weight.shape) == site.shape and isinstance(part.rows, slice):
+            self._fold.add(site, weight, change, keep, step)
+        elif isinstance(self._fold, MasterFold):
+            self._fold.add(site, weight, shard(change(slice(None)), part).__getitem__, keep, step)
+        else:
+            # The noise is that of the whole weight: a shard cannot draw its own rows and columns of it alone.
+            whole = torch.zeros(site.shape, dtype=weight.dtype, device=weight.device)
+            place_shard(whole, part, weight)
+            self._fold.add(site, whole, change, keep, step)
+            weight.copy_(shard(whole, part))
+
+    def state(self) -> dict[str, Tensor]:
+        """Of the fold inside."""
+        return self._fold.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Into the fold inside."""
+        self._fold.load_state(state)
+
+
+def shard(whole: Tensor, part: Part) -> Tensor:
+    """The part of a whole site's tensor that is here."""
+    rows = whole[part.rows]
+    return rows[:, part.columns] if rows.dim() == 2 else rows
+
+
+def place_shard(whole: Tensor, part: Part, piece: Tensor) -> None:
+    if whole.dim() == 2:
+        index = torch.arange(len(whole), device=whole.device)[part.rows]
+        whole[index, part.columns] = piece
+    else:
+        whole[part.rows] = piece
