@@ -104,10 +104,28 @@ class TrainConfig(Section):
     max_skipped: int = Field(default=10, ge=1, description="non-finite steps in a row before the run stops")
 
 
+class EngineConfig(Section):
+    """How vLLM runs, where it does."""
+
+    compile: bool | None = Field(
+        default=None, description="vLLM's compiler and CUDA graphs; default: on CUDA, not on a CPU (minutes to start)"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, le=1024, description="workers that share every layer")
+    own_process: bool = Field(default=False, description="run the engine in a process of its own")
+    adapters: Literal["none", "lora"] = Field(
+        default="none", description="lora: vLLM's adapter slots, for generation under several states in one batch"
+    )
+    bank_rank: int = Field(
+        default=0, ge=0, le=4096, description="rank of the bank that keeps finished windows beside the weights; 0: none"
+    )
+    memory_fraction: float = Field(default=0.9, gt=0, le=1, description="of a GPU's memory that vLLM may use")
+
+
 class RuntimeConfig(Section):
     """Where the tensors live."""
 
-    type: Literal["torch"] = "torch"
+    type: Literal["torch", "vllm"] = Field(default="torch", description="in this process, or stock vLLM")
+    vllm: EngineConfig = EngineConfig()
     fold: Literal["stochastic", "master"] = Field(
         default="stochastic",
         description="keyed stochastic rounding, or a float32 copy of the weights",

@@ -26,6 +26,10 @@ class ModelError(ZotuneError):
     """A model cannot be loaded, or a part of it cannot be tuned as asked."""
 
 
+class EngineError(ZotuneError):
+    """An inference engine failed or died, or does not run what it should."""
+
+
 class NonFiniteLossError(ZotuneError):
     """A probe's loss is NaN or infinite, so the step has no estimate."""
 

@@ -14,10 +14,14 @@ from zotune.errors import ModelError, reason
 from zotune.runtimes.precision import product_dtype
 
 
-def load(config: ModelConfig) -> tuple[Any, Any]:
+def load(config: ModelConfig, *, mapped: bool = False) -> tuple[Any, Any]:
     """The model, in evaluation mode on its device, and its tokenizer.
 
     A vision-language checkpoint is loaded whole; only its text model is ever run or tuned.
+
+    Args:
+        config: The checkpoint.
+        mapped: Leave the weights where they are, mapped from the checkpoint's files: for who only reads some of them.
 
     Raises:
         ModelError: There is no such model, its files cannot be read or lack weights, or the device is not there.
@@ -33,6 +37,8 @@ def load(config: ModelConfig) -> tuple[Any, Any]:
             f"the model {config.path!r} lacks {len(missing)} of its weights, among them {missing[0]}. transformers "
             "would fill them with random numbers; give a complete checkpoint of a causal language model."
         )
+    if mapped:
+        return model.eval(), tokenizer
     model = model.to(device).eval()
     if device.type == "cpu":
         # They are mapped from the checkpoint's file, where the first write to every page is slow.

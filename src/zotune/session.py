@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from zotune.data import load as load_data
 from zotune.errors import JournalError
 from zotune.evaluate import Evaluation, evaluate
 from zotune.journal import Header, Journal
-from zotune.optimizer import Optimizer
+from zotune.optimizer import Method, Optimizer
 from zotune.presets import resolve
 from zotune.rows import Example
 from zotune.run import RunDirectory
@@ -41,20 +42,16 @@ class Session:
         Raises:
             ZotuneError: The configuration names something that is not there or does not fit.
         """
-        import torch
-
-        if config.runtime.threads is not None:
-            torch.set_num_threads(config.runtime.threads)
-        method, seed, options = resolve(config.method), config.train.seed, config.runtime
-        model, tokenizer = models.load(config.model)
+        method, options = resolve(config.method), config.runtime
+        model, tokenizer = models.load(config.model, mapped=options.type == "vllm")
         data = load_data(config.data, tokenizer, models.context_length(model))
-        runtime = EmbeddedRuntime(model, method, seed=seed, fold=options.fold, max_tokens=options.max_tokens)
+        runtime = _embedded(config, model, method) if options.type == "torch" else _engine(config, model, method, data)
         return cls(
             config,
             Optimizer(method, config.train.steps),
             runtime,
             replace(data, notices=(*data.notices, *left_out(model, runtime.layout))),
-            BatchOrder(len(data.train), config.train.batch_size, seed),
+            BatchOrder(len(data.train), config.train.batch_size, config.train.seed),
         )
 
     def header(self) -> Header:
@@ -86,6 +83,25 @@ class Session:
             if entry.batch != self.batch(entry.step)[1]:
                 raise JournalError(f"{journal.path}: step {entry.step} used other examples than this data gives")
             self.runtime.apply(self.optimizer.update(entry.step, entry.coefficients, entry.lr))
+
+
+def _embedded(config: Config, model: Any, method: Method) -> Runtime:
+    import torch
+
+    options = config.runtime
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return EmbeddedRuntime(model, method, seed=config.train.seed, fold=options.fold, max_tokens=options.max_tokens)
+
+
+def _engine(config: Config, model: Any, method: Method, data: Dataset) -> Runtime:
+    # What runs without vLLM must not need it.
+    from zotune.runtimes.engine.runtime import EngineRuntime, Work
+
+    work = Work.of(data, config.train.batch_size, method)
+    return EngineRuntime.start(
+        config.model, model, method, seed=config.train.seed, options=config.runtime, work=work
+    )
 
 
 def restore(

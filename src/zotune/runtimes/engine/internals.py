@@ -158,6 +158,16 @@ class Engine:
         # What was packed is read back exactly: every element is once one and otherwise zero times something.
         return stored if stored.numel() else _read_back(base, place.module, self.dtype)
 
+    def sample(self, place: Place, column: int | None) -> Tensor:
+        """A column of a matrix, as the layer multiplies by it, or a vector; ``(rows,)``."""
+        stored = getattr(place.module, place.parameter).data
+        if place.kind == "linear" and column is not None:
+            unit = torch.zeros(1, place.module.input_size_per_partition, dtype=self.dtype, device=self.device)
+            unit[0, column] = 1.0
+            found: Tensor = place.module.quant_method.base.apply(place.module, unit, None)[0]
+            return found
+        return stored if column is None else stored[:, column]
+
     def repack(self, place: Place, weight: Tensor) -> None:
         """Take a parameter's new value, which may be vLLM's own tensor changed in place."""
         if place.parameter != "weight" or not current_platform.is_cpu() or place.kind == "norm":

@@ -1,8 +1,11 @@
-"""The driver's side of the vLLM runtime."""
+"""The driver's side of the vLLM runtime: a step is one call for scores and one for the update."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +13,133 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zotune import models
+from zotune.config import ModelConfig, RuntimeConfig
+from zotune.data import Dataset
+from zotune.errors import EngineError, JournalError, ModelError, ZotuneError, reason
+from zotune.evaluate import MAX_NEW_TOKENS
 from zotune.layout import Layout
+from zotune.optimizer import Method, Optimizer
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
-from zotune.runtimes.engine import wire
+from zotune.runtimes.embedded import EmbeddedRuntime, fingerprint
+from zotune.runtimes.engine import handshake, launch, wire
+from zotune.runtimes.engine.batch import Prepared
+from zotune.runtimes.modules import find_sites
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine is to be made ready for.
+
+    Attributes:
+        step_tokens: Tokens of a step's forward, all probes counted, about.
+        longest: Tokens of the longest sequence, what is generated counted.
+    """
+
+    step_tokens: int
+    longest: int
+
+    @classmethod
+    def of(cls, data: Dataset, batch_size: int, method: Method) -> Work:
+        """The work of a run on this data."""
+        rows = [Prepared.of(example.row) for example in (*data.train, *data.validation)]
+        written = MAX_NEW_TOKENS if any(example.answers for example in data.validation) else 1
+        longest = max(len(tokens) for row in rows for tokens in row.sequences) + written
+        mean = sum(row.n_tokens for row in rows) / len(rows)
+        return cls(int(batch_size * len(Optimizer(method, 1).ask(0).probes) * mean), longest)
 
 
 class EngineRuntime:
-    """Implements `zotune.runtimes.base.Runtime` on a running vLLM engine.
+    """Implements `zotune.runtimes.base.Runtime` on stock vLLM.
 
     Args:
         llm: vLLM's ``LLM``, whose workers are `zotune.runtimes.engine.internals.Worker`.
         layout: The sites that the workers were started with.
         fingerprint: Of the base weights.
+        embedded: Gives the same run's runtime in this process, with the weights that the run began with.
+
+    Attributes:
+        llm: The engine; its own requests see the tuned model as it is now.
     """
 
-    def __init__(self, llm: Any, layout: Layout, fingerprint: str) -> None:
-        self.llm, self.layout, self.fingerprint = llm, layout, fingerprint
+    def __init__(
+        self, llm: Any, layout: Layout, fingerprint: str, embedded: Callable[[], EmbeddedRuntime]
+    ) -> None:
+        self.llm, self.layout, self.fingerprint, self._embedded = llm, layout, fingerprint, embedded
+        self._window = 0
         self._numbers: dict[Row, int] = {}
+        self._pid = os.getpid()
+
+    @classmethod
+    def start(
+        cls, config: ModelConfig, model: Any, method: Method, *, seed: int, options: RuntimeConfig, work: Work
+    ) -> EngineRuntime:
+        """Start an engine on a checkpoint, and prove that it runs what zotune believes it runs.
+
+        Args:
+            config: The checkpoint.
+            model: The same as transformers has it, which may be mapped from its files; it is only read, and not kept.
+            method: What to tune, and how directions look.
+            seed: The run's seed.
+            options: The table ``[runtime]``.
+            work: What to be ready for.
+
+        Raises:
+            ModelError: vLLM cannot load the model, or a part of it cannot be tuned exactly.
+            ConfigError: vLLM is not there, or not as it must be.
+        """
+        if method.family != "low-rank":
+            raise ModelError(
+                "the vLLM runtime has low-rank directions only: dense ones would need every weight in plain form in "
+                "every forward. Use the presets lozo, lozo-m or mezo-factorized, or runtime.type = 'torch'."
+            )
+        weights = find_sites(model, method.scope)
+        layout = Layout(tuple(weights))
+        most = min(options.max_tokens, max(work.longest, 2048, -(-work.step_tokens * 5 // 4 // 256) * 256))
+        llm = launch.start(
+            config,
+            wire.settings(method, layout, seed, options),
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_tokens=most,
+            max_rows=512,
+            longest=work.longest,
+            compile=bool(options.vllm.compile),
+            tensor_parallel=options.vllm.tensor_parallel,
+            own_process=options.vllm.own_process,
+            kv_bytes=1 << 30,
+        )
+
+        def embedded() -> EmbeddedRuntime:
+            twin, _ = models.load(config.model_copy(update={"device": "cpu"}))
+            return EmbeddedRuntime(twin, method, seed=seed, fold=options.fold)
+
+        runtime = cls(llm, layout, fingerprint(model), embedded)
+        try:
+            handshake.check(runtime, {site.name: weight for site, weight in weights.items()}, model)
+        except BaseException:
+            runtime.close()
+            raise
+        return runtime
 
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
         """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
-        new = {row: None for row in rows if row not in self._numbers}
-        if new:
-            numbered = {len(self._numbers) + i: row for i, row in enumerate(new)}
-            self._call("rows", {number: wire.pack_row(row) for number, row in numbered.items()})
-            self._numbers |= {row: number for number, row in numbered.items()}
+        self._send(rows)
         asked = [wire.pack_probe(probe) for probe in probes]
-        answers = self._call("score", asked, [self._numbers[row] for row in rows], normalised)
-        logits = sum(self._floats(answer[0], len(probes)) for answer in answers)
-        normalisers = np.logaddexp.reduce([self._floats(answer[1], len(probes)) for answer in answers])
+        answers = self.call("score", asked, [self._numbers[row] for row in rows], normalised)
+        logits = sum(_floats(answer[0], len(probes)) for answer in answers)
+        normalisers = np.logaddexp.reduce([_floats(answer[1], len(probes)) for answer in answers])
         scores = logits - normalisers if normalisers.size else logits
         counts = [len(candidate.scored) for row in rows for candidate in row.candidates]
-        return np.add.reduceat(scores, np.cumsum([0, *counts[:-1]]), axis=1)
+        found: np.ndarray = np.add.reduceat(scores, np.cumsum([0, *counts[:-1]]), axis=1)
+        return found
 
-    def _floats(self, data: bytes, probes: int) -> np.ndarray:
-        return np.frombuffer(data, dtype=np.float32).reshape(probes, -1)
+    def _send(self, rows: Sequence[Row]) -> None:
+        """Send what the workers do not have yet."""
+        new = {row: len(self._numbers) + i for i, row in enumerate({row for row in rows if row not in self._numbers})}
+        if new:
+            self.call("rows", {str(number): wire.pack_row(row) for row, number in new.items()})
+            self._numbers |= new
 
     def generate(
         self, prompts: Sequence[tuple[int, ...]], *, max_new_tokens: int, stop: Collection[int] = ()
@@ -53,34 +147,84 @@ class EngineRuntime:
         """What the clean model writes on; see `zotune.runtimes.base.Runtime.generate`."""
         from vllm import SamplingParams, TokensPrompt
 
-        options = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop), ignore_eos=True, detokenize=False)
+        options = SamplingParams(
+            temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop), ignore_eos=True, detokenize=False
+        )
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        answers = self.llm.generate(asked, options, use_tqdm=False)
+        with self._living():
+            answers = self.llm.generate(asked, options, use_tqdm=False)
         return [tuple(answer.outputs[0].token_ids) for answer in answers]
 
     def apply(self, update: Update) -> None:
         """Change the weights in factor space; fold at the end of a window."""
-        self._call("apply", wire.pack_update(update))
+        self.call("apply", wire.pack_update(update))
+        self._window = update.window + update.closes_window
 
     def state(self) -> dict[str, Tensor]:
         """Tuned weights as last folded, accumulated update and rule state, as CPU tensors."""
-        return {name: self._gather(self._call("tensor", name)) for name in self._call("state_names")[0]}
+        shapes = {site.name: site.shape for site in self.layout.sites}
+        return {name: self._whole(name, shapes) for name in self.call("state_names")[0]}
 
-    def _gather(self, pieces: Sequence[Any]) -> Tensor:
-        return wire.tensor(pieces[0][0])
+    def _whole(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        """A tensor of the state, put together from every worker's piece."""
+        answers = self.call("tensor", name)
+        pieces = [wire.tensor(piece) for piece, _ in answers]
+        if len(answers) == 1 or answers[0][1] is None:
+            return pieces[0]
+        whole = torch.zeros(shapes[name.partition("/")[2]], dtype=pieces[0].dtype)
+        for piece, (_, place) in zip(pieces, answers, strict=True):
+            wire.place(whole, place, piece)
+        return whole
 
     def load_state(self, state: Mapping[str, Tensor], window: int) -> None:
-        """Restore what `state` returned while ``window`` was current."""
-        self._call("load", {name: wire.pack_tensor(tensor) for name, tensor in state.items()}, window)
+        """Restore what `state` returned while ``window`` was current.
+
+        Raises:
+            JournalError: The tensors are not those of this layout and method.
+        """
+        expected = set(self.call("state_names")[0])
+        if odd := sorted(expected ^ set(state)):
+            raise JournalError(f"the saved state does not fit this model and method: {odd[0]!r} differs")
+        for name, tensor in state.items():
+            self.call("load", name, wire.pack_tensor(tensor))
+        self.call("loaded", window)
+        self._window = window
 
     def export(self, path: Path) -> None:
-        """."""
+        """Write the tuned model as an ordinary Hugging Face folder: the base with this state, in this process."""
+        twin = self._embedded()
+        twin.load_state(self.state(), self._window)
+        twin.export(path)
 
     @property
     def timings(self) -> dict[str, float]:
         """Seconds that the first worker spent so far, by phase."""
-        return dict(self._call("timings")[0])
+        return dict(self.call("timings")[0])
 
-    def _call(self, method: str, *args: Any) -> list[Any]:
-        """Every worker's answer."""
-        return self.llm.collective_rpc("zotune", args=(method, *args))
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Every worker's answer to one of the methods ``on_...`` of `zotune.runtimes.engine.tuner.Tuner`."""
+        with self._living():
+            answers: list[Any] = self.llm.collective_rpc("zotune", args=(method, *args))
+        return answers
+
+    @contextmanager
+    def _living(self) -> Iterator[None]:
+        """Say what happened where the engine fails."""
+        try:
+            yield
+        except (ZotuneError, ValueError):
+            raise
+        except Exception as error:
+            raise EngineError(
+                f"vLLM's engine failed: {reason(error)}. Every finished step is in the journal: "
+                "`zotune resume` goes on from there."
+            ) from error
+
+    def close(self) -> None:
+        """Shut the engine down and end its processes."""
+        if os.getpid() == self._pid:
+            launch.stop(self.llm)
+
+
+def _floats(data: bytes, probes: int) -> np.ndarray:
+    return np.frombuffer(data, dtype=np.float32).reshape(probes, -1)

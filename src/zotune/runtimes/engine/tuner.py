@@ -20,7 +20,7 @@ from zotune.protocol import Probe
 from zotune.rows import Row
 from zotune.runtimes.engine import wire
 from zotune.runtimes.engine.batch import Batch, Prepared
-from zotune.runtimes.engine.layers import Head, Layer, Place, wrap
+from zotune.runtimes.engine.layers import Head, Layer, NormLayer, Place, TableLayer, wrap
 from zotune.runtimes.engine.tokenwise import TokenMix, TokenSpace, TunedTable
 from zotune.runtimes.engine.weights import Weights
 from zotune.runtimes.folding import StochasticFold
@@ -28,6 +28,8 @@ from zotune.runtimes.packing import ACTIVATIONS, cut
 
 MOST_DIRECTIONS = 16
 """Directions of one forward; more are scored in several."""
+
+_SAMPLES = 64
 
 
 class Engine(Protocol):
@@ -65,6 +67,10 @@ class Engine(Protocol):
         """A parameter in plain form."""
         ...
 
+    def sample(self, place: Place, column: int | None) -> Tensor:
+        """A column of a matrix as it is here, or a vector."""
+        ...
+
     def repack(self, place: Place, weight: Tensor) -> None:
         """Take a parameter's new value."""
         ...
@@ -94,8 +100,14 @@ class Tuner:
         self.space.attach([tuned for layer in self.layers for tuned in layer.tuned], self.mix)
         self.head = engine.head()
         self._table = _table_of(self.head, self.layers)
+        if self._table is not None and all(layer.module is not self.head.module for layer in self.layers):
+            # Tied by sharing the embedding's weight, in a module of its own.
+            tied = TableLayer("the output head", self.head.module)
+            tied.weight = self._table
+            tied.wrap()
         self._weights: Weights | None = None
         self._rows: dict[int, Prepared] = {}
+        self._loading: dict[str, Tensor] = {}
         self.timings = dict.fromkeys(("draw", "pack", "forward", "head", "apply", "fold"), 0.0)
 
     @property
@@ -201,11 +213,48 @@ class Tuner:
         part = self.weights.part_of(name)
         return wire.pack_tensor(state[name]), part and wire.pack_part(part)
 
-    def on_load(self, tensors: Mapping[str, Any], window: int) -> None:
-        """Restore a whole state."""
-        state = {name: wire.tensor(each) for name, each in tensors.items()}
+    def on_load(self, name: str, tensor: Any) -> None:
+        """Take a whole tensor of a state; `on_loaded` makes use of them."""
+        self._loading[name] = wire.tensor(tensor)
+
+    def on_loaded(self, window: int) -> None:
+        """Restore the state that was sent, as of ``window``."""
+        state, self._loading = self._loading, {}
         self.weights.load_state(state)
         self.space.load_state(state, window)
+
+    def on_plain(self, plain: bool) -> None:
+        """Whether wrapped layers do only what was there before."""
+        for layer in self.layers:
+            layer.plain = plain
+
+    def on_samples(self) -> dict[str, tuple[Any, Any, int | None]]:
+        """Some elements of every site: a column's beginning of a matrix, and which; or a vector's beginning."""
+        return {place.part.site.name: self._sample(place) for place in self.places}
+
+    def _sample(self, place: Place) -> tuple[Any, Any, int | None]:
+        column = 1 if place.part.site.is_matrix else None
+        sample = self.engine.sample(place, column)[place.part.local][:_SAMPLES]
+        return wire.pack_tensor(sample), wire.pack_part(place.part), column
+
+    def on_missed(self) -> list[str]:
+        """Paths of wrapped layers that no forward has called, or whose tuning no forward heeds."""
+        tokens = list(range(3, 9))
+        before = self.engine.forward([tokens])
+        return [layer.path for layer in self.layers if not self._heeded(layer, tokens, before)]
+
+    def _heeded(self, layer: Layer, tokens: list[int], before: Tensor) -> bool:
+        if not isinstance(layer, NormLayer):
+            return layer.calls > 0
+        # A compiler has taken the layer's code apart, so it cannot count; what it does can be seen.
+        phis = [each.phi for each in layer.tuned]
+        kept = [phi[0].clone() for phi in phis]
+        for phi in phis:
+            phi[0] += torch.linspace(-1, 1, len(phi[0]), device=phi.device)
+        after = self.engine.forward([tokens])
+        for phi, value in zip(phis, kept, strict=True):
+            phi[0] = value
+        return not torch.equal(before, after)
 
     def on_timings(self) -> dict[str, float]:
         """Seconds spent so far, by phase."""

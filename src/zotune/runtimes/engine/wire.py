@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zotune.config import RuntimeConfig
 from zotune.layout import Layout, Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
@@ -19,10 +20,17 @@ from zotune.runtimes.engine.tokenwise import Part
 Plain = list[Any]
 
 
-def settings(method: Method, layout: Layout, seed: int, fold: str) -> dict[str, Any]:
+def settings(method: Method, layout: Layout, seed: int, options: RuntimeConfig) -> dict[str, Any]:
     """What a worker must know when it starts."""
     sites = [[site.name, list(site.shape), site.decays] for site in layout.sites]
-    return {"method": asdict(method), "sites": sites, "seed": seed, "fold": fold}
+    return {
+        "method": asdict(method),
+        "sites": sites,
+        "seed": seed,
+        "fold": options.fold,
+        "bank_rank": options.vllm.bank_rank,
+        "adapters": options.vllm.adapters,
+    }
 
 
 def site(plain: Sequence[Any]) -> Site:
@@ -81,9 +89,24 @@ def tensor(plain: Sequence[Any]) -> Tensor:
 
 
 def pack_part(part: Part) -> Plain:
-    """Rows and columns of the whole, as lists: ``[start, stop]``, or row indices one by one."""
+    """Which rows and columns of a whole site a part is: ``[row indices or [start, stop], [start, stop]]``."""
     rows, columns = part.rows, part.columns
-    return [
-        [rows.start, rows.stop] if isinstance(rows, slice) else ["indices", *rows.tolist()],
-        [columns.start, columns.stop],
-    ]
+    bounds = [rows.start, rows.stop] if isinstance(rows, slice) else ["indices", *rows.tolist()]
+    return [bounds, [columns.start, columns.stop]]
+
+
+def shard(whole: Tensor, place: Sequence[Any]) -> Tensor:
+    """What of a whole site's tensor lies at a place that `pack_part` gave."""
+    bounds, columns = place
+    rows = whole[torch.tensor(bounds[1:])] if bounds[0] == "indices" else whole[slice(*bounds)]
+    return rows[:, slice(*columns)] if rows.dim() == 2 else rows
+
+
+def place(whole: Tensor, place: Sequence[Any], piece: Tensor) -> None:
+    """Put a shard where it belongs in the whole."""
+    bounds, columns = place
+    rows = torch.tensor(bounds[1:]) if bounds[0] == "indices" else torch.arange(len(whole))[slice(*bounds)]
+    if whole.dim() == 2:
+        whole[rows, slice(*columns)] = piece
+    else:
+        whole[rows] = piece
