@@ -63,19 +63,25 @@ class Case:
         factory: Of the runtime under test.
         family: One of `zotune.testing.tiny.FAMILIES`.
         method: Usually one of `METHODS`.
+        head_size: Width of the model's attention heads.
     """
 
     factory: Factory
     family: str
     method: Method
+    head_size: int = 8
+
+    def model(self, dtype: torch.dtype = torch.float32) -> Any:
+        """A fresh model."""
+        return tiny.model(self.family, dtype, head_size=self.head_size)
 
     def runtime(self, **options: Any) -> Runtime:
         """The runtime under test around a fresh model."""
-        return self.factory(tiny.model(self.family), self.method, **options)
+        return self.factory(self.model(), self.method, **options)
 
     def plain(self, seed: int = 0) -> Any:
         """The model as the oracle has it, with LoRA matrices of a run seed if the method tunes them."""
-        model: Any = tiny.model(self.family)
+        model = self.model()
         if self.method.lora_rank is not None:
             from zotune.runtimes import lora
 
@@ -122,7 +128,7 @@ def check_sites(case: Case) -> None:
 
 def check_fingerprint(case: Case) -> None:
     """Equal models have equal fingerprints; one changed weight gives another."""
-    changed = tiny.model(case.family)
+    changed = case.model()
     with torch.no_grad():
         list(changed.parameters())[-1].add_(0.1)
     first = case.runtime().fingerprint
@@ -293,7 +299,7 @@ def check_generate(case: Case) -> None:
 
 def check_sixteen_bits(case: Case) -> None:
     """A bfloat16 model is scored as well as its format allows, before and after updates."""
-    model = tiny.model(case.family, torch.bfloat16)
+    model = case.model(torch.bfloat16)
     reference = OracleRuntime(model, case.method, sites=case.runtime().layout.sites)
     runtime = case.factory(model, case.method)
     rows = tiny.rows("mixed", 6, seed=15)

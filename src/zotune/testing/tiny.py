@@ -36,6 +36,7 @@ _DECODER: dict[str, Any] = {
 }
 _GEMMA: dict[str, Any] = {**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 8}
 
+
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": (
         "opt",
@@ -107,8 +108,12 @@ SEEING: tuple[str, ...] = tuple(_SEEING)
 """More names that `model` takes: vision-language models, of which the text model is tuned."""
 
 
-def config(family: str) -> PretrainedConfig:
+def config(family: str, head_size: int = 8) -> PretrainedConfig:
     """The transformers configuration of a tiny model.
+
+    Args:
+        family: Its name.
+        head_size: Width of an attention head. vLLM's attention on a CPU wants 32 or more.
 
     Raises:
         ModelError: No such family.
@@ -117,12 +122,16 @@ def config(family: str) -> PretrainedConfig:
     if family not in known:
         raise ModelError(unknown("tiny model", family, known))
     kind, values = known[family]
+    if head_size != 8:
+        wide = dict.fromkeys(("n_embd", "word_embed_proj_dim"), 4 * head_size) | {"head_dim": head_size}
+        wide |= {"hidden_size": 4 * head_size} if family == "opt" else {}
+        values = values | {key: value for key, value in wide.items() if key in values}
     make: Callable[..., PretrainedConfig] = CONFIG_MAPPING[kind]
     special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
     return make(vocab_size=VOCABULARY, attn_implementation="eager", **special, **values)
 
 
-def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, head_size: int = 8) -> nn.Module:
     """A tiny random causal language model in evaluation mode, the same for the same arguments.
 
     Weights are spread so that attention and logits are far from flat; norm gains and biases are random.
@@ -132,7 +141,7 @@ def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        chosen = config(family)
+        chosen = config(family, head_size)
         made: nn.Module = automatic_class(chosen).from_config(chosen, dtype=torch.float32)
         with torch.no_grad():
             for parameter in made.parameters():

@@ -27,6 +27,9 @@ from zotune.runtimes.engine import handshake, launch, wire
 from zotune.runtimes.engine.batch import Prepared
 from zotune.runtimes.modules import find_sites
 
+_LEAST_TOKENS = 2048
+"""Evaluations, too, are scored in forwards of so many tokens."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -35,10 +38,17 @@ class Work:
     Attributes:
         step_tokens: Tokens of a step's forward, all probes counted, about.
         longest: Tokens of the longest sequence, what is generated counted.
+        largest: Tokens of the largest row, all its sequences counted.
     """
 
     step_tokens: int
     longest: int
+    largest: int
+
+    def forward_tokens(self, limit: int) -> int:
+        """Most tokens of a forward: enough for a step, a multiple of 256, within the limit if every row fits."""
+        wanted = max(_LEAST_TOKENS, -(-self.step_tokens * 5 // 4 // 256) * 256)
+        return max(min(limit, wanted), self.longest, self.largest)
 
     @classmethod
     def of(cls, data: Dataset, batch_size: int, method: Method) -> Work:
@@ -47,7 +57,8 @@ class Work:
         written = MAX_NEW_TOKENS if any(example.answers for example in data.validation) else 1
         longest = max(len(tokens) for row in rows for tokens in row.sequences) + written
         mean = sum(row.n_tokens for row in rows) / len(rows)
-        return cls(int(batch_size * len(Optimizer(method, 1).ask(0).probes) * mean), longest)
+        largest = max(row.n_tokens for row in rows)
+        return cls(int(batch_size * len(Optimizer(method, 1).ask(0).probes) * mean), longest, largest)
 
 
 class EngineRuntime:
@@ -96,13 +107,13 @@ class EngineRuntime:
             )
         weights = find_sites(model, method.scope)
         layout = Layout(tuple(weights))
-        most = min(options.max_tokens, max(work.longest, 2048, -(-work.step_tokens * 5 // 4 // 256) * 256))
+        most = work.forward_tokens(options.max_tokens)
         llm = launch.start(
             config,
             wire.settings(method, layout, seed, options),
             dtype=str(model.dtype).removeprefix("torch."),
             max_tokens=most,
-            max_rows=512,
+            max_rows=min(512, most),
             longest=work.longest,
             compile=bool(options.vllm.compile),
             tensor_parallel=options.vllm.tensor_parallel,

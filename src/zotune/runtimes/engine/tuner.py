@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe
@@ -138,7 +139,12 @@ class Tuner:
         asked = [wire.probe(each) for each in probes]
         whole = normalised or not all(row.single_token for row in rows)
         costs = [self._cost(row, whole) for row in rows]
-        limit = max(1, self.engine.max_tokens // max(costs))
+        if max(costs) > self.engine.max_tokens:
+            raise ModelError(
+                f"a row needs a forward of {max(costs)} tokens, and the engine was started for {self.engine.max_tokens}. "
+                "Start it for longer rows, or set data.max_length."
+            )
+        limit = self.engine.max_tokens // max(costs)
         parts = [self._score(group, rows, costs, whole) for group in _groups(asked, limit, self.mix.columns - 1)]
         logits, normalisers = (np.concatenate(each) for each in zip(*parts, strict=True))
         return logits.tobytes(), normalisers.tobytes()
@@ -245,7 +251,8 @@ class Tuner:
 
     def _heeded(self, layer: Layer, tokens: list[int], before: Tensor) -> bool:
         if not isinstance(layer, NormLayer):
-            return layer.calls > 0
+            # The head is read here and not by vLLM.
+            return layer.calls > 0 or layer.module is self.head.module
         # A compiler has taken the layer's code apart, so it cannot count; what it does can be seen.
         phis = [each.phi for each in layer.tuned]
         kept = [phi[0].clone() for phi in phis]

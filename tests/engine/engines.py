@@ -1,0 +1,56 @@
+"""Engines around tiny models, and what closes them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
+from zotune.optimizer import Method
+from zotune.runtimes.engine.runtime import EngineRuntime, Work
+from zotune.testing import tiny
+
+HEAD_SIZE = 32
+"""The smallest that vLLM's attention takes on a CPU."""
+
+
+def write(model: Any, folder: Path) -> ModelConfig:
+    """Save a model as a checkpoint, with a tokenizer of words that are numbers."""
+    model.save_pretrained(folder)
+    backend = Tokenizer(WordLevel({str(token): token for token in range(tiny.VOCABULARY)}, unk_token="0"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="0", bos_token="2", eos_token="3").save_pretrained(folder)
+    return ModelConfig(path=str(folder), dtype=str(model.dtype).removeprefix("torch."), device="cpu")
+
+
+@contextmanager
+def engines(**options: Any) -> Iterator[Any]:
+    """A factory of runtimes for `zotune.testing.conformance`; closes them all at the end.
+
+    Args:
+        options: Keys of the table ``[runtime.vllm]``.
+    """
+    started: list[EngineRuntime] = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start(model: Any, method: Method, *, seed: int = 0, max_tokens: int = 2048) -> EngineRuntime:
+            config = write(model, Path(folder) / f"model-{len(started)}")
+            chosen = RuntimeConfig(type="vllm", max_tokens=max_tokens, vllm=EngineConfig(**options))
+            work = Work(step_tokens=512, longest=tiny.CONTEXT, largest=96)
+            runtime = EngineRuntime.start(config, model, method, seed=seed, options=chosen, work=work)
+            started.append(runtime)
+            return runtime
+
+        try:
+            yield start
+        finally:
+            for runtime in started:
+                runtime.close()
