@@ -77,6 +77,10 @@ class Session:
         data = self.data
         return evaluate(self.runtime, data.validation, data.objective, data.decode, data.stop)
 
+    def close(self) -> None:
+        """Let go of the model and of what runs it."""
+        self.runtime.close()
+
     def replay(self, journal: Journal, start: int, stop: int | None = None) -> None:
         """Apply the journal's updates of the steps from ``start`` to before ``stop``, without a forward pass."""
         for entry in journal.entries[start:stop]:
@@ -118,12 +122,17 @@ def restore(
     Raises:
         JournalError: See `zotune.train.resume`.
     """
-    session, journal = Session.build(config), Journal.open(run.journal)
-    journal.require(session.header())
-    stop = len(journal.entries) if step is None else step
-    done = 0
-    if (saved := checkpoint.newest(run.checkpoints, upto=stop, notice=notice)) is not None:
-        done, window, state = saved
-        session.runtime.load_state(state, window)
-    session.replay(journal, done, stop)
+    session = Session.build(config)
+    try:
+        journal = Journal.open(run.journal)
+        journal.require(session.header())
+        stop = len(journal.entries) if step is None else step
+        done = 0
+        if (saved := checkpoint.newest(run.checkpoints, upto=stop, notice=notice)) is not None:
+            done, window, state = saved
+            session.runtime.load_state(state, window)
+        session.replay(journal, done, stop)
+    except BaseException:
+        session.close()
+        raise
     return session, journal

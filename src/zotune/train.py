@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +71,11 @@ def start(config: Config, reporter: Reporter | None = None, callbacks: Sequence[
     RunDirectory(Path(config.output)).refuse_existing()
     config = resolved(config)
     reporter = _together(config, reporter, callbacks)
-    session = Session.build(config)
-    run = RunDirectory.create(config, session.header())
-    journal = Journal.open(run.journal)
-    journal.claim()
-    return _train(session, run, journal, reporter)
+    with closing(Session.build(config)) as session:
+        run = RunDirectory.create(config, session.header())
+        journal = Journal.open(run.journal)
+        journal.claim()
+        return _train(session, run, journal, reporter)
 
 
 def resume(
@@ -104,13 +104,14 @@ def resume(
     notices: list[str] = []
     reporter = _together(config, reporter, callbacks)
     session, journal = restore(run, config, notice=notices.append)
-    if len(journal.entries) > config.train.steps:
-        raise ConfigError(f"{path} has {len(journal.entries)} steps already, more than {config.train.steps}")
-    journal.claim()
-    run.reopen(config)
-    if journal.dropped:
-        notices.append("the last record of the journal was torn and has been dropped; its step runs again")
-    return _train(session, run, journal, reporter, notices)
+    with closing(session):
+        if len(journal.entries) > config.train.steps:
+            raise ConfigError(f"{path} has {len(journal.entries)} steps already, more than {config.train.steps}")
+        journal.claim()
+        run.reopen(config)
+        if journal.dropped:
+            notices.append("the last record of the journal was torn and has been dropped; its step runs again")
+        return _train(session, run, journal, reporter, notices)
 
 
 def evaluate_run(path: Path, best: bool = False) -> Metrics:
@@ -128,7 +129,8 @@ def evaluate_run(path: Path, best: bool = False) -> Metrics:
     if best and step is None:
         raise JournalError(f"{path} has no evaluation with a finite loss on record, so none is the best")
     session, _ = restore(run, config, step)
-    return session.evaluate().metrics
+    with closing(session):
+        return session.evaluate().metrics
 
 
 def take_step(session: Session, step: int, journal: Journal) -> Entry:

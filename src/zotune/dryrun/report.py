@@ -121,7 +121,8 @@ def dry_run(config: Config) -> DryRun:
         ZotuneError: What a run would raise before its first step, but for an output directory that exists, which is
             a notice.
     """
-    session = Session.build(resolved(config))
+    config, notices = _embedded(resolved(config))
+    session = Session.build(config)
     tokenizer = models.load_tokenizer(config.model)
     indices = chain.from_iterable(session.order.indices(step) for step in count())
     first = [session.data.train[i] for i in islice(_distinct(indices), min(ROWS, len(session.data.train)))]
@@ -136,8 +137,17 @@ def dry_run(config: Config) -> DryRun:
         session.runtime.layout,
         memory,
         seconds,
-        (*session.data.notices, *taken),
+        (*notices, *session.data.notices, *taken),
     )
+
+
+def _embedded(config: Config) -> tuple[Config, tuple[str, ...]]:
+    """The run in this process, whatever would run it, and what is to be told of that."""
+    if config.runtime.type == "torch":
+        return config, ()
+    runtime = config.runtime.model_copy(update={"type": "torch"})
+    notice = f"memory and time are those of runtime.type = 'torch'; '{config.runtime.type}' was not started"
+    return config.model_copy(update={"runtime": runtime}), (notice,)
 
 
 def _distinct(indices: Iterator[int]) -> Iterator[int]:

@@ -70,3 +70,7 @@ class Runtime(Protocol):
     def export(self, path: Path) -> None:
         """Write the tuned model as an ordinary Hugging Face folder."""
         ...
+
+    def close(self) -> None:
+        """Let go of the model and of what runs it."""
+        ...

@@ -17,6 +17,9 @@ from zotune.runtimes.engine import wire
 if TYPE_CHECKING:
     from zotune.runtimes.engine.runtime import EngineRuntime
 
+LONGEST = 16
+"""Tokens of the longest sequence that is scored here."""
+
 _EPS = 0.05
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest difference of log-likelihoods that two ways of computing the same may have."""

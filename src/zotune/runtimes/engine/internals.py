@@ -65,6 +65,7 @@ class Engine:
         device: Where it is.
         max_tokens: Most tokens of a forward.
         max_rows: Most sequences of a forward.
+        max_length: Most tokens of a sequence.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -76,6 +77,7 @@ class Engine:
         self.device = torch.device(runner.device)
         self.max_tokens: int = config.scheduler_config.max_num_batched_tokens
         self.max_rows: int = config.scheduler_config.max_num_seqs
+        self.max_length: int = config.model_config.max_model_len
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -114,7 +114,7 @@ class EngineRuntime:
             dtype=str(model.dtype).removeprefix("torch."),
             max_tokens=most,
             max_rows=min(512, most),
-            longest=work.longest,
+            longest=max(work.longest, handshake.LONGEST),
             compile=bool(options.vllm.compile),
             tensor_parallel=options.vllm.tensor_parallel,
             own_process=options.vllm.own_process,

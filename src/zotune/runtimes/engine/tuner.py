@@ -41,6 +41,7 @@ class Engine(Protocol):
     device: torch.device
     max_tokens: int
     max_rows: int
+    max_length: int
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -124,8 +125,19 @@ class Tuner:
             return getattr(self, f"on_{method}")(*args)
 
     def on_rows(self, rows: Mapping[Any, Any]) -> None:
-        """Take rows to score later, by number."""
-        self._rows |= {int(number): Prepared.of(wire.row(each)) for number, each in rows.items()}
+        """Take rows to score later, by number.
+
+        Raises:
+            ModelError: A row has a sequence that is longer than the engine was started for.
+        """
+        prepared = {int(number): Prepared.of(wire.row(each)) for number, each in rows.items()}
+        longest = max(len(tokens) for row in prepared.values() for tokens in row.sequences)
+        if longest > self.engine.max_length:
+            raise ModelError(
+                f"a row has {longest} tokens, and the engine was started for {self.engine.max_length}. "
+                "Start it for longer rows, or set data.max_length."
+            )
+        self._rows |= prepared
 
     def on_score(self, probes: Sequence[Any], numbers: Sequence[int], normalised: bool) -> tuple[bytes, bytes]:
         """Score rows under probes.

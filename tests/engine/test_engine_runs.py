@@ -1,0 +1,103 @@
+"""Whole runs on vLLM: their journals and checkpoints are those of the embedded runtime, and the reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import zotune
+from tiny_runs import Recorder, configure
+from zotune.config import Config
+from zotune.journal import read
+from zotune.run import RunDirectory
+from zotune.session import restore
+
+
+@pytest.fixture(scope="module")
+def wide_model_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with heads as wide as vLLM's attention wants them, and the same tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide")
+    config = AutoConfig.from_pretrained(tiny_model_folder)
+    config.head_dim = 32
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run_on(
+    tmp_path: Path, wide_model_folder: Path, sentiment_files: tuple[Path, Path]
+) -> Callable[..., Config]:
+    """Configures a run of 12 steps on a kind of runtime."""
+
+    def chosen(kind: str, name: str, **runtime: Any) -> Config:
+        return configure(
+            tmp_path,
+            wide_model_folder,
+            sentiment_files,
+            output=name,
+            method={"lr": 1e-3, "eps": 1e-2, "interval": 5},
+            train={"steps": 12, "checkpoint_every": 6, "eval_every": 6},
+            runtime={"type": kind, "threads": None} | runtime,
+        )
+
+    return chosen
+
+
+def _state(config: Config, on: Config) -> dict[str, torch.Tensor]:
+    """What a run's journal gives on another runtime, without its checkpoints."""
+    run = RunDirectory(Path(config.output))
+    for each in run.checkpoints.iterdir():
+        each.rename(each.with_name(f"hidden-{each.name}"))
+    session, _ = restore(run, on)
+    state = session.runtime.state()
+    session.close()
+    return state
+
+
+def _checkpoint(config: Config) -> dict[str, torch.Tensor]:
+    session, _ = restore(RunDirectory(Path(config.output)), config)
+    state = session.runtime.state()
+    session.close()
+    return state
+
+
+def test_either_runtime_replays_the_other_ones_journal(run_on: Callable[..., Config]) -> None:
+    engine, embedded = run_on("vllm", "engine"), run_on("torch", "embedded")
+    for config in (engine, embedded):
+        zotune.start(config, Recorder())
+    losses = [[entry.losses for entry in read(Path(config.output) / "journal.jsonl").entries] for config in (engine, embedded)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    for made, other in ((engine, embedded), (embedded, engine)):
+        saved, replayed = _checkpoint(made), _state(made, other)
+        assert [name for name in saved if not torch.equal(saved[name], replayed[name])] == []
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(run_on: Callable[..., Config]) -> None:
+    whole, parts = run_on("vllm", "whole"), run_on("vllm", "parts")
+    zotune.start(whole, Recorder())
+    with pytest.raises(KeyboardInterrupt):
+        zotune.start(parts, Recorder(stop_after=8))
+    zotune.resume(Path(parts.output), Recorder())
+    journals = [(Path(config.output) / "journal.jsonl").read_text().splitlines()[1:] for config in (whole, parts)]
+    assert journals[0] == journals[1]
+    expected, state = _checkpoint(whole), _checkpoint(parts)
+    assert all(torch.equal(expected[name], state[name]) for name in expected)
+
+
+def test_presets_that_vllm_cannot_run_are_refused_before_it_starts(run_on: Callable[..., Config]) -> None:
+    config = run_on("vllm", "dense")
+    dense = config.model_copy(update={"method": config.method.model_copy(update={"preset": "mezo"})})
+    with pytest.raises(zotune.ZotuneError, match="low-rank directions only"):
+        zotune.start(dense, Recorder())
+    assert not Path(dense.output).exists()
