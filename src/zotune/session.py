@@ -103,9 +103,7 @@ def _engine(config: Config, model: Any, method: Method, data: Dataset) -> Runtim
     from zotune.runtimes.engine.runtime import EngineRuntime, Work
 
     work = Work.of(data, config.train.batch_size, method)
-    return EngineRuntime.start(
-        config.model, model, method, seed=config.train.seed, options=config.runtime, work=work
-    )
+    return EngineRuntime.start(config.model, model, method, seed=config.train.seed, options=config.runtime, work=work)
 
 
 def restore(

@@ -27,7 +27,8 @@ def write(model: Any, folder: Path) -> ModelConfig:
     model.save_pretrained(folder)
     backend = Tokenizer(WordLevel({str(token): token for token in range(tiny.VOCABULARY)}, unk_token="0"))
     backend.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="0", bos_token="2", eos_token="3").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="0", bos_token="2", eos_token="3")
+    tokenizer.save_pretrained(folder)
     return ModelConfig(path=str(folder), dtype=str(model.dtype).removeprefix("torch."), device="cpu")
 
 

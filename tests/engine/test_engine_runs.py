@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("vllm")
 
-import zotune
 from tiny_runs import Recorder, configure
+
+import zotune
 from zotune.config import Config
 from zotune.journal import read
 from zotune.run import RunDirectory
@@ -35,9 +36,7 @@ def wide_model_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def run_on(
-    tmp_path: Path, wide_model_folder: Path, sentiment_files: tuple[Path, Path]
-) -> Callable[..., Config]:
+def run_on(tmp_path: Path, wide_model_folder: Path, sentiment_files: tuple[Path, Path]) -> Callable[..., Config]:
     """Configures a run of 12 steps on a kind of runtime."""
 
     def chosen(kind: str, name: str, **runtime: Any) -> Config:
@@ -76,7 +75,9 @@ def test_either_runtime_replays_the_other_ones_journal(run_on: Callable[..., Con
     engine, embedded = run_on("vllm", "engine"), run_on("torch", "embedded")
     for config in (engine, embedded):
         zotune.start(config, Recorder())
-    losses = [[entry.losses for entry in read(Path(config.output) / "journal.jsonl").entries] for config in (engine, embedded)]
+    losses = [
+        [entry.losses for entry in read(Path(config.output) / "journal.jsonl").entries] for config in (engine, embedded)
+    ]
     np.testing.assert_allclose(*losses, rtol=1e-4)
     for made, other in ((engine, embedded), (embedded, engine)):
         saved, replayed = _checkpoint(made), _state(made, other)

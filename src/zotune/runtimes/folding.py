@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -80,7 +81,20 @@ class MasterFold:
             tensor.copy_(state[f"master/{name}"])
 
 
-Fold = StochasticFold | MasterFold
+class Fold(Protocol):
+    """What every fold offers; see `StochasticFold`."""
+
+    def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
+        """``weight <- keep * weight + change``."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint must keep."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` gave."""
+        ...
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

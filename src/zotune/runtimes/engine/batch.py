@@ -77,7 +77,9 @@ class Batch:
         starts = np.empty(len(order), dtype=np.int64)
         starts[order] = np.cumsum(sizes) - sizes
         first = np.cumsum([0, *(len(row.sequences) for row in rows)])
-        sources = [(at + sequence, position) for row, at in zip(rows, first, strict=False) for sequence, position in row.kept]
+        sources = [
+            (at + sequence, position) for row, at in zip(rows, first, strict=False) for sequence, position in row.kept
+        ]
         sequence, position = np.array(sources).T
         kept_first = np.cumsum([0, *(len(row.kept) for row in rows)])
         place = [at + each for row, at in zip(rows, kept_first, strict=False) for each in row.place]

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.runtimes.engine.layers import Head, Place
+from zotune.runtimes.engine.lifeline import follow
 from zotune.runtimes.engine.tokenwise import Part
 from zotune.runtimes.engine.tuner import Tuner
 
@@ -48,8 +49,10 @@ class Worker(_Worker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as ever, then wrap the layers that hold sites."""
+        settings = cast("dict[str, Any]", self.vllm_config.additional_config)["zotune"]
+        follow(*settings["driver"])
         super().load_model(*args, **kwargs)
-        self.tuner = Tuner(Engine(self.model_runner), self.vllm_config.additional_config["zotune"])
+        self.tuner = Tuner(Engine(self.model_runner), settings)
 
     def zotune(self, method: str, *args: Any) -> Any:
         """Call one of the `Tuner`'s remote methods."""
@@ -72,7 +75,7 @@ class Engine:
         self._runner = runner
         self._calls = itertools.count()
         config = runner.vllm_config
-        self.model: nn.Module = runner.get_model()
+        self.model: Any = runner.get_model()
         self.dtype: torch.dtype = config.model_config.dtype
         self.device = torch.device(runner.device)
         self.max_tokens: int = config.scheduler_config.max_num_batched_tokens
@@ -216,8 +219,7 @@ def _found(path: str, module: nn.Module, parameter: str, site: Site, shard: int 
         part = Part(site, slice(0, site.shape[0]), slice(None), columns if site.is_matrix else slice(None))
         return Place(path, module, parameter, "linear", part)
     if isinstance(module, LinearBase):
-        local, rows = _output_rows(module, shard)
-        return Place(path, module, parameter, "linear", Part(site, local, rows))
+        return Place(path, module, parameter, "linear", Part(site, *_output_rows(module, shard)))
     stored = getattr(module, parameter, None)
     if stored is None or tuple(stored.shape) != site.shape:
         return None
@@ -227,7 +229,7 @@ def _found(path: str, module: nn.Module, parameter: str, site: Site, shard: int 
 
 def _output_rows(module: LinearBase, shard: int | None) -> tuple[slice, slice | Tensor]:
     """Rows of a module's own weight, and of the site's, that a shard of a fused layer or a whole layer has here."""
-    if not isinstance(module, ColumnParallelLinear) or module.tp_size == 1 and not _is_fused(module):
+    if not isinstance(module, ColumnParallelLinear) or (module.tp_size == 1 and not _is_fused(module)):
         return slice(0, module.output_size), slice(0, module.output_size)
     local, rows = _pieces(module)
     if shard is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from zotune.errors import ModelError
 from zotune.runtimes.engine.tokenwise import Part, TokenMix, TunedMatrix, TunedTable, TunedVector
@@ -73,7 +73,7 @@ class LinearLayer(Layer):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W_n^T + bias`` of every token n; ``x`` is ``(tokens, in)``."""
         if torch.compiler.is_compiling():
-            return torch.ops.zotune.linear(x, bias, self.key, self.module.output_size_per_partition)  # type: ignore[no-any-return]
+            return torch.ops.zotune.linear(x, bias, self.key, self.module.output_size_per_partition)
         return self.run(x, bias)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +115,7 @@ class TableLayer(Layer):
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """``W_n[id_n]`` of every token n."""
         if torch.compiler.is_compiling():
-            return torch.ops.zotune.embedding(ids, self.key, self.module.weight.shape[1], self.module.weight)  # type: ignore[no-any-return]
+            return torch.ops.zotune.embedding(ids, self.key, self.module.weight.shape[1], self.module.weight)
         return self.run(ids)
 
     def run(self, ids: Tensor) -> Tensor:
@@ -137,7 +137,8 @@ class TableLayer(Layer):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits for the engine's own requests, which see the model without directions."""
-        y = self.base.apply(layer, x, bias)
+        assert self.base is not None
+        y: Tensor = self.base.apply(layer, x, bias)
         if self.plain or not isinstance(self.weight, TunedTable):
             return y
         table = self.weight
@@ -299,7 +300,7 @@ def _register(layer: Any) -> int:
 
 @torch.library.custom_op("zotune::linear", mutates_args=())
 def _linear(x: Tensor, bias: Tensor | None, key: int, width: int) -> Tensor:
-    return _LAYERS[key].run(x, bias)  # type: ignore[no-any-return]
+    return _LAYERS[key].run(x, bias)
 
 
 @_linear.register_fake
@@ -309,7 +310,7 @@ def _(x: Tensor, bias: Tensor | None, key: int, width: int) -> Tensor:
 
 @torch.library.custom_op("zotune::embedding", mutates_args=())
 def _embedding(ids: Tensor, key: int, width: int, like: Tensor) -> Tensor:
-    return _LAYERS[key].run(ids)  # type: ignore[no-any-return]
+    return _LAYERS[key].run(ids)
 
 
 @_embedding.register_fake

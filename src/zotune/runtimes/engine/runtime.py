@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from zotune import models
 from zotune.config import ModelConfig, RuntimeConfig
 from zotune.data import Dataset
-from zotune.errors import EngineError, JournalError, ModelError, ZotuneError, reason
+from zotune.errors import EngineError, JournalError, ModelError, reason
 from zotune.evaluate import MAX_NEW_TOKENS
 from zotune.layout import Layout
 from zotune.optimizer import Method, Optimizer
@@ -25,6 +24,7 @@ from zotune.rows import Row
 from zotune.runtimes.embedded import EmbeddedRuntime, fingerprint
 from zotune.runtimes.engine import handshake, launch, wire
 from zotune.runtimes.engine.batch import Prepared
+from zotune.runtimes.engine.lifeline import Lifeline
 from zotune.runtimes.modules import find_sites
 
 _LEAST_TOKENS = 2048
@@ -68,6 +68,7 @@ class EngineRuntime:
         llm: vLLM's ``LLM``, whose workers are `zotune.runtimes.engine.internals.Worker`.
         layout: The sites that the workers were started with.
         fingerprint: Of the base weights.
+        processes: What the engine consists of besides this process.
         embedded: Gives the same run's runtime in this process, with the weights that the run began with.
 
     Attributes:
@@ -75,12 +76,17 @@ class EngineRuntime:
     """
 
     def __init__(
-        self, llm: Any, layout: Layout, fingerprint: str, embedded: Callable[[], EmbeddedRuntime]
+        self,
+        llm: Any,
+        layout: Layout,
+        fingerprint: str,
+        embedded: Callable[[], EmbeddedRuntime],
+        processes: Lifeline,
     ) -> None:
         self.llm, self.layout, self.fingerprint, self._embedded = llm, layout, fingerprint, embedded
+        self._processes = processes
         self._window = 0
         self._numbers: dict[Row, int] = {}
-        self._pid = os.getpid()
 
     @classmethod
     def start(
@@ -108,7 +114,8 @@ class EngineRuntime:
         weights = find_sites(model, method.scope)
         layout = Layout(tuple(weights))
         most = work.forward_tokens(options.max_tokens)
-        llm = launch.start(
+        start = partial(
+            launch.start,
             config,
             wire.settings(method, layout, seed, options),
             dtype=str(model.dtype).removeprefix("torch."),
@@ -120,12 +127,13 @@ class EngineRuntime:
             own_process=options.vllm.own_process,
             kv_bytes=1 << 30,
         )
+        llm, processes = Lifeline.around(start)
 
         def embedded() -> EmbeddedRuntime:
             twin, _ = models.load(config.model_copy(update={"device": "cpu"}))
             return EmbeddedRuntime(twin, method, seed=seed, fold=options.fold)
 
-        runtime = cls(llm, layout, fingerprint(model), embedded)
+        runtime = cls(llm, layout, fingerprint(model), embedded, processes)
         try:
             handshake.check(runtime, {site.name: weight for site, weight in weights.items()}, model)
         except BaseException:
@@ -162,8 +170,7 @@ class EngineRuntime:
             temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop), ignore_eos=True, detokenize=False
         )
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        with self._living():
-            answers = self.llm.generate(asked, options, use_tqdm=False)
+        answers = self._ask(partial(self.llm.generate, asked, options, use_tqdm=False))
         return [tuple(answer.outputs[0].token_ids) for answer in answers]
 
     def apply(self, update: Update) -> None:
@@ -214,16 +221,14 @@ class EngineRuntime:
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Every worker's answer to one of the methods ``on_...`` of `zotune.runtimes.engine.tuner.Tuner`."""
-        with self._living():
-            answers: list[Any] = self.llm.collective_rpc("zotune", args=(method, *args))
+        answers: list[Any] = self._ask(partial(self.llm.collective_rpc, "zotune", args=(method, *args)))
         return answers
 
-    @contextmanager
-    def _living(self) -> Iterator[None]:
-        """Say what happened where the engine fails."""
+    def _ask(self, act: Callable[[], Any]) -> Any:
+        """What the engine answers; says what happened where it fails."""
         try:
-            yield
-        except (ZotuneError, ValueError):
+            return self._processes.call(act)
+        except (ModelError, ValueError):
             raise
         except Exception as error:
             raise EngineError(
@@ -233,8 +238,8 @@ class EngineRuntime:
 
     def close(self) -> None:
         """Shut the engine down and end its processes."""
-        if os.getpid() == self._pid:
-            launch.stop(self.llm)
+        launch.stop(self.llm)
+        self._processes.cut()
 
 
 def _floats(data: bytes, probes: int) -> np.ndarray:

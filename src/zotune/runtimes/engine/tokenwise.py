@@ -1,8 +1,8 @@
 """Low-rank perturbation, token by token: what the wrapped layers of an inference engine compute.
 
-An engine decides where a token lies in a forward, pads it, and may capture it as a graph. So every token carries its own
-mixture here, in one static buffer that all layers read: column 0 is the update accumulated in this window, column j the
-j-th direction in flight. A linear layer computes
+An engine decides where a token lies in a forward, pads the forward, and may capture it as a graph. So every token
+carries its own mixture here, in one static buffer that all layers read: column 0 is the update accumulated in this
+window, column j the j-th direction in flight. A linear layer computes
 
     y = x W^T + sum_j (mix[:, j] * x V) Phi_j^T,    Phi_0 = B,  Phi_j = eps U_j,  mix = 1 and -1, 0, +1
 
@@ -225,9 +225,10 @@ class TokenSpace(LowRankSpace):
         self._refresh_window()
 
     def _refresh_window(self) -> None:
+        matrices = {site: state for site, state in self.sites.items() if isinstance(state, LowRankMatrix)}
         for module in self.modules:
             if not isinstance(module, TunedVector):
-                module.open_window(self.sites)
+                module.open_window(matrices)
         self._refresh_update()
 
     def _refresh_update(self) -> None:

@@ -18,7 +18,6 @@ from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe
-from zotune.rows import Row
 from zotune.runtimes.engine import wire
 from zotune.runtimes.engine.batch import Batch, Prepared
 from zotune.runtimes.engine.layers import Head, Layer, NormLayer, Place, TableLayer, wrap
@@ -153,8 +152,8 @@ class Tuner:
         costs = [self._cost(row, whole) for row in rows]
         if max(costs) > self.engine.max_tokens:
             raise ModelError(
-                f"a row needs a forward of {max(costs)} tokens, and the engine was started for {self.engine.max_tokens}. "
-                "Start it for longer rows, or set data.max_length."
+                f"a row needs a forward of {max(costs)} tokens, and the engine was started for "
+                f"{self.engine.max_tokens}. Start it for longer rows, or set data.max_length."
             )
         limit = self.engine.max_tokens // max(costs)
         parts = [self._score(group, rows, costs, whole) for group in _groups(asked, limit, self.mix.columns - 1)]
@@ -167,7 +166,9 @@ class Tuner:
         with self._timed("draw"):
             self.space.probe(probes)
             mixtures = self.space.mixtures(probes)
-        parts = [self._forward(rows[part], mixtures, whole) for part in cut(costs, self.engine.max_tokens // len(probes))]
+        parts = [
+            self._forward(rows[part], mixtures, whole) for part in cut(costs, self.engine.max_tokens // len(probes))
+        ]
         logits, normalisers = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
         return logits, normalisers
 
@@ -304,5 +305,3 @@ def _table_of(head: Head, layers: Sequence[Layer]) -> TunedTable | None:
         if isinstance(layer.weight, TunedTable) and layer.module.weight is head.module.weight:
             return layer.weight
     return None
-
-

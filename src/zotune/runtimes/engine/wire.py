@@ -15,6 +15,7 @@ from zotune.layout import Layout, Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
 from zotune.rows import Candidate, Row
+from zotune.runtimes.engine import lifeline
 from zotune.runtimes.engine.tokenwise import Part
 
 Plain = list[Any]
@@ -30,6 +31,7 @@ def settings(method: Method, layout: Layout, seed: int, options: RuntimeConfig) 
         "fold": options.fold,
         "bank_rank": options.vllm.bank_rank,
         "adapters": options.vllm.adapters,
+        "driver": lifeline.driver(),
     }
 
 
