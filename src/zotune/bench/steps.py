@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 
@@ -23,13 +23,14 @@ from zotune.optimizer import Method, Optimizer
 from zotune.presets import PRESETS
 from zotune.protocol import Update
 from zotune.rows import Example
+from zotune.runtimes.base import Runtime
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.precision import product_dtype
 from zotune.testing.official import OfficialLozo
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _SCOPES = ("linear", "all")
-_TURN = 3
+TURN = 3
 """Steps in a row of either side: in a run, too, a step follows a step and not another program."""
 
 
@@ -83,11 +84,11 @@ def step(
         DataError: The folder has no such rows.
         ModelError: The model cannot be loaded or tuned in this scope.
     """
-    dtype = _resolved(dtype)
+    dtype = resolved(dtype)
     baseline_dtype = baseline_dtype or dtype
-    _check(dtype, baseline_dtype, scope, [batch_size, rank, directions, repeats, threads or 1])
+    check(dtype, baseline_dtype, scope, [batch_size, rank, directions, repeats, threads or 1])
     method = method_of(scope, rank, directions)
-    with _threads(threads):
+    with threads_set(threads):
         ours = prepare(model=model, data=data, dtype=dtype, batch_size=batch_size)
         theirs = prepare(model=model, data=data, dtype=baseline_dtype, batch_size=batch_size)
         stepper = Stepper(ours, method)
@@ -125,7 +126,7 @@ def step(
     return report
 
 
-def _resolved(dtype: str) -> str:
+def resolved(dtype: str) -> str:
     """The dtype that ``auto`` stands for on this machine; any other name as it is."""
     if dtype != "auto":
         return dtype
@@ -160,7 +161,8 @@ def _split(folder: Path, split: str) -> Path:
     raise DataError(f"{folder} has no {split}.jsonl.gz or {split}.jsonl; give a folder with SST-2's rows")
 
 
-def _check(dtype: str, baseline_dtype: str, scope: str, counts: Sequence[int]) -> None:
+def check(dtype: str, baseline_dtype: str, scope: str, counts: Sequence[int]) -> None:
+    """Refuse unknown names and counts that are not positive, with a `ConfigError`."""
     for name in (dtype, baseline_dtype):
         if name not in _DTYPES:
             raise ConfigError(unknown("dtype", name, (*_DTYPES, "auto")))
@@ -171,7 +173,8 @@ def _check(dtype: str, baseline_dtype: str, scope: str, counts: Sequence[int]) -
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads_set(count: int | None) -> Iterator[None]:
+    """So many CPU threads for a while; None: as many as there are."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -184,19 +187,29 @@ def _rows(batch: Sequence[Example]) -> list[Any]:
     return [example.row for example in batch]
 
 
+class Timed(Runtime, Protocol):
+    """A runtime that knows where its time goes."""
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds spent so far, by phase."""
+        ...
+
+
 class Stepper:
     """zotune's side: a whole step, as the training loop does it.
 
     Args:
         setting: Model and batches.
         method: What to tune and how.
+        runtime: Where; default: the embedded runtime.
     """
 
-    def __init__(self, setting: Setting, method: Method) -> None:
+    def __init__(self, setting: Setting, method: Method, runtime: Timed | None = None) -> None:
         self.setting = setting
         self.device = next(setting.model.parameters()).device
         self.objective = setting.dataset.objective
-        self.runtime = EmbeddedRuntime(setting.model, method)
+        self.runtime: Timed = runtime or EmbeddedRuntime(setting.model, method)
         self.optimizer = Optimizer(method, steps=method.interval)
 
     def step(self, number: int) -> float:
@@ -235,21 +248,22 @@ def _alternate(stepper: Stepper, official: Callable[[int], float], repeats: int)
     product = product_dtype(next(stepper.setting.model.parameters()).dtype, device.type)
     stepper.step(0)
     official(0)
-    timings.update(dict.fromkeys(timings, 0.0))
+    before = dict(timings)
     ours, theirs, peaks = [], [], []
-    for start in range(1, repeats + 1, _TURN):
-        turn = range(start, min(start + _TURN, repeats + 1))
-        ours += [_seconds(partial(stepper.step, number), device) for number in turn]
-        theirs += [_seconds(partial(official, number), device) for number in turn]
+    for start in range(1, repeats + 1, TURN):
+        turn = range(start, min(start + TURN, repeats + 1))
+        ours += [seconds(partial(stepper.step, number), device) for number in turn]
+        theirs += [seconds(partial(official, number), device) for number in turn]
         # In the same minutes as the steps, because on a shared machine the peak moves as much as they do.
         peaks.append(work.matmul_peak(product, device))
-    phases = {name: seconds / repeats for name, seconds in timings.items()}
+    phases = {name: (spent - before[name]) / repeats for name, spent in timings.items()}
     phases["other"] = mean(ours) - sum(phases.values())
-    folds = [_seconds(stepper.fold, device) for _ in range(3)]
+    folds = [seconds(stepper.fold, device) for _ in range(3)]
     return _Timing(ours, theirs, median(folds), phases, max(peaks))
 
 
-def _seconds(act: Callable[[], object], device: torch.device) -> float:
+def seconds(act: Callable[[], object], device: torch.device) -> float:
+    """How long something takes, on the device too."""
     start = work.clock(device)
     act()
     return work.clock(device) - start
