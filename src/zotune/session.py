@@ -22,6 +22,7 @@ from zotune.rows import Example
 from zotune.run import RunDirectory
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.engine import checkpoint_layout
 from zotune.runtimes.modules import left_out
 
 
@@ -43,7 +44,8 @@ class Session:
             ZotuneError: The configuration names something that is not there or does not fit.
         """
         method, options = resolve(config.method), config.runtime
-        model, tokenizer = models.load(config.model, mapped=options.type == "vllm")
+        load = models.load if options.type == "torch" else checkpoint_layout.load
+        model, tokenizer = load(config.model)
         data = load_data(config.data, tokenizer, models.context_length(model))
         runtime = _embedded(config, model, method) if options.type == "torch" else _engine(config, model, method, data)
         return cls(

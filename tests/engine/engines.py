@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -33,10 +33,11 @@ def write(model: Any, folder: Path) -> ModelConfig:
 
 
 @contextmanager
-def engines(**options: Any) -> Iterator[Any]:
+def engines(*, fold: Literal["stochastic", "master"] = "stochastic", **options: Any) -> Iterator[Any]:
     """A factory of runtimes for `zotune.testing.conformance`; closes them all at the end.
 
     Args:
+        fold: Of ``[runtime]``.
         options: Keys of the table ``[runtime.vllm]``.
     """
     started: list[EngineRuntime] = []
@@ -44,7 +45,7 @@ def engines(**options: Any) -> Iterator[Any]:
 
         def start(model: Any, method: Method, *, seed: int = 0, max_tokens: int = 2048) -> EngineRuntime:
             config = write(model, Path(folder) / f"model-{len(started)}")
-            chosen = RuntimeConfig(type="vllm", max_tokens=max_tokens, vllm=EngineConfig(**options))
+            chosen = RuntimeConfig(type="vllm", fold=fold, max_tokens=max_tokens, vllm=EngineConfig(**options))
             work = Work(step_tokens=512, longest=tiny.CONTEXT, largest=96)
             runtime = EngineRuntime.start(config, model, method, seed=seed, options=chosen, work=work)
             started.append(runtime)

@@ -39,3 +39,17 @@ def test_families(family: str, method: str, check: Callable[[Case], None]) -> No
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
 def test_every_family_and_method(family: str, method: str, check: Callable[[Case], None]) -> None:
     _check(family, method, check)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+@pytest.mark.parametrize("check", FEW, ids=lambda check: check.__name__)
+def test_compiled(family: str, check: Callable[[Case], None]) -> None:
+    _check(family, "all", check, compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("check", FEW, ids=lambda check: check.__name__)
+def test_a_process_of_its_own(family: str, check: Callable[[Case], None]) -> None:
+    _check(family, "all", check, own_process=True)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,19 +20,20 @@ from tiny_runs import Recorder
 
 import zotune
 from zotune import config as configs
+from zotune.journal import read
 
 PROGRAM = [sys.executable, "-c", "from zotune.cli import main; main()"]
-STEPS = 40
+STEPS = 1_000_000
 
 
 @pytest.fixture
-def files(tmp_path: Path, run_on) -> Iterator[tuple[Path, Path]]:  # type: ignore[no-untyped-def]  # noqa: F811
+def files(tmp_path: Path, run_on) -> tuple[Path, Path]:  # type: ignore[no-untyped-def]  # noqa: F811
     """A configuration file of a run with an engine of its own, and the run's directory."""
     chosen = run_on("vllm", "run", vllm={"own_process": True})
     chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"steps": STEPS})})
     path = tmp_path / "run.toml"
     path.write_text(configs.dump(chosen))
-    yield path, Path(chosen.output)
+    return path, Path(chosen.output)
 
 
 def _engine_processes(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
@@ -71,8 +71,11 @@ def test_killed_processes_lose_nothing(files: tuple[Path, Path], tmp_path: Path,
     chance, journal = random.Random(kills), run / "journal.jsonl"
     for who in ["driver", "core", "worker"] * kills if kills > 1 else ["driver", "core"]:
         _kill(who, ["resume", str(run)] if run.exists() else ["run", str(file)], journal, chance)
-    zotune.resume(run, Recorder())
+    done = len(read(journal).entries)
+    with pytest.raises(KeyboardInterrupt):
+        zotune.resume(run, Recorder(stop_after=done + 3))
     whole = configs.load(file, [f"output={tmp_path / 'whole'}", "runtime.vllm.own_process=false"])
-    zotune.start(whole, Recorder())
+    with pytest.raises(KeyboardInterrupt):
+        zotune.start(whole, Recorder(stop_after=done + 3))
     ends = [(path / "journal.jsonl").read_text().splitlines()[1:] for path in (run, Path(whole.output))]
     assert ends[0] == ends[1]

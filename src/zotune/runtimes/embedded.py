@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -204,10 +204,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     A sample of 4096 elements per tensor tells fine-tunes and dtypes apart and costs milliseconds at any model size.
     """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
+    return digest(model.named_parameters())
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """What `fingerprint` is of a model's parameters, of any named tensors."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(sample.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(sample.contiguous().numpy().tobytes())
+    return found.hexdigest()

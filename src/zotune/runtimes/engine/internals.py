@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -31,6 +32,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 
 from zotune.errors import ModelError
 from zotune.layout import Site
+from zotune.runtimes.engine import slots
 from zotune.runtimes.engine.layers import Head, Place
 from zotune.runtimes.engine.lifeline import follow
 from zotune.runtimes.engine.tokenwise import Part
@@ -98,7 +100,7 @@ class Engine:
         Raises:
             ModelError: The model stores a site in a way that is not known.
         """
-        modules = dict(self.model.named_modules())
+        modules = {path: _without_adapters(module) for path, module in self.model.named_modules()}
         fused = getattr(self.model, "packed_modules_mapping", None) or {}
         places = [_place(modules, fused, site) for site in sites]
         lost = [site.name for site, place in zip(sites, places, strict=True) if place is None]
@@ -148,29 +150,34 @@ class Engine:
         runner.execute_model(_schedule([], set(ids), len(self.blocks)))
         return state.hidden_states[: sum(map(len, sequences))]
 
+    def quantisation(self, place: Place) -> str | None:
+        """How a linear layer is quantised; None where it has a plain weight."""
+        base = place.module.quant_method.base if place.kind == "linear" else None
+        if base is None or isinstance(base, UnquantizedLinearMethod):
+            return None
+        return f"{self._runner.vllm_config.model_config.quantization}, {type(base).__name__}"
+
     def plain(self, place: Place) -> Tensor:
         """A parameter in plain form: vLLM's own tensor, or a copy where vLLM keeps it in another form.
 
-        Raises:
-            ModelError: The layer is quantised.
+        Args:
+            place: Of a layer that is not quantised.
         """
-        stored = getattr(place.module, place.parameter).data
+        stored: Tensor = getattr(place.module, place.parameter).data
         if place.kind != "linear" or place.parameter == "bias":
             return stored
         base = place.module.quant_method.base
-        if not isinstance(base, UnquantizedLinearMethod):
-            raise ModelError(f"{place.path} is quantised ({type(base).__name__}), so its weight cannot be folded into")
         # What was packed is read back exactly: every element is once one and otherwise zero times something.
         return stored if stored.numel() else _read_back(base, place.module, self.dtype)
 
     def sample(self, place: Place, column: int | None) -> Tensor:
         """A column of a matrix, as the layer multiplies by it, or a vector; ``(rows,)``."""
-        stored = getattr(place.module, place.parameter).data
         if place.kind == "linear" and column is not None:
             unit = torch.zeros(1, place.module.input_size_per_partition, dtype=self.dtype, device=self.device)
             unit[0, column] = 1.0
             found: Tensor = place.module.quant_method.base.apply(place.module, unit, None)[0]
             return found
+        stored: Tensor = getattr(place.module, place.parameter).data
         return stored if column is None else stored[:, column]
 
     def repack(self, place: Place, weight: Tensor) -> None:
@@ -185,6 +192,65 @@ class Engine:
             sharing = [each for each in tables if each.weight is place.module.weight]
         for module in sharing:
             module.quant_method.process_weights_after_loading(module)
+
+    def open_slots(self, count: int, places: Sequence[Place]) -> None:
+        """Make so many adapter slots, all empty, for the layers at these places.
+
+        Raises:
+            ModelError: vLLM has none for a layer.
+        """
+        self._slots = AdapterSlots(self._runner.lora_manager, count, places)
+
+    def write_slot(self, number: int, place: Place, a: Tensor, b: Tensor) -> None:
+        """Let a slot add ``x a^T b^T``, ``(r, in)`` and ``(out, r)``, at a place."""
+        self._slots.write(number, place, a, b)
+
+
+class AdapterSlots:
+    """vLLM's LoRA slots, registered once from memory and then written where the layers read them.
+
+    Args:
+        manager: The worker's LoRA manager.
+        count: How many.
+        places: What they are to hold.
+
+    Raises:
+        ModelError: vLLM has no slot for a layer.
+    """
+
+    def __init__(self, manager: Any, count: int, places: Sequence[Place]) -> None:
+        self._manager = manager._adapter_manager
+        for number in range(count):
+            request = slots.request(number)
+            manager.add_dummy_lora(request, rank=1)
+            manager.pin_adapter(request.lora_int_id)
+        self._pieces = {place.part.site: self._piece(place) for place in places}
+
+    def write(self, number: int, place: Place, a: Tensor, b: Tensor) -> None:
+        """Let a slot add ``x a^T b^T``, ``(r, in)`` and ``(out, r)``, at a place."""
+        module, piece = self._pieces[place.part.site]
+        index = self._manager.lora_index_to_id.index(slots.request(number).lora_int_id)
+        rank = len(a)
+        into_a, into_b = module.lora_a_stacked[piece][index, 0], module.lora_b_stacked[piece][index, 0]
+        into_a[:rank, : a.shape[1]] = a
+        into_b[: len(b), :rank] = b
+
+    def _piece(self, place: Place) -> tuple[Any, int]:
+        """The layer of a place, and which of its matrices are the place's."""
+        module, local = self._manager.modules.get(place.path), place.part.local
+        if module is not None:
+            stops = list(itertools.accumulate(module.output_slices))
+            pieces = list(zip([0, *stops], stops, strict=False))
+            if (local.start, local.stop) in pieces:
+                return module, pieces.index((local.start, local.stop))
+        raise ModelError(
+            f"vLLM has no adapter slot for {place.part.site.name}; set runtime.vllm.adapters = 'none', which generates "
+            "from one state at a time"
+        )
+
+
+def _without_adapters(module: nn.Module) -> Any:
+    return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
 
 
 def _read_back(base: Any, module: Any, dtype: torch.dtype) -> Tensor:

@@ -142,10 +142,9 @@ class TableLayer(Layer):
         if self.plain or not isinstance(self.weight, TunedTable):
             return y
         table = self.weight
-        update = (x.float() @ table.v) @ table.phi[:, 0].T
         if table.decays:
             y = y.mul_(table.keep)
-        return y.add_(update)
+        return y.add_(table.learnt(x.float()))
 
 
 class NormLayer(Layer):

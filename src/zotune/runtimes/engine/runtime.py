@@ -21,8 +21,9 @@ from zotune.layout import Layout
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
-from zotune.runtimes.embedded import EmbeddedRuntime, fingerprint
-from zotune.runtimes.engine import handshake, launch, wire
+from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.engine import checkpoint_layout, handshake, launch, slots, wire
+from zotune.runtimes.engine.bank import settled
 from zotune.runtimes.engine.batch import Prepared
 from zotune.runtimes.engine.lifeline import Lifeline
 from zotune.runtimes.modules import find_sites
@@ -73,6 +74,8 @@ class EngineRuntime:
 
     Attributes:
         llm: The engine; its own requests see the tuned model as it is now.
+        window: The current one.
+        slots: Adapter slots, where the engine was started with them.
     """
 
     def __init__(
@@ -85,7 +88,8 @@ class EngineRuntime:
     ) -> None:
         self.llm, self.layout, self.fingerprint, self._embedded = llm, layout, fingerprint, embedded
         self._processes = processes
-        self._window = 0
+        self.window = 0
+        self.slots: slots.Slots | None = None
         self._numbers: dict[Row, int] = {}
 
     @classmethod
@@ -114,18 +118,23 @@ class EngineRuntime:
         weights = find_sites(model, method.scope)
         layout = Layout(tuple(weights))
         most = work.forward_tokens(options.max_tokens)
+        settings = wire.settings(method, layout, seed, options)
         start = partial(
             launch.start,
             config,
-            wire.settings(method, layout, seed, options),
+            settings,
             dtype=str(model.dtype).removeprefix("torch."),
             max_tokens=most,
             max_rows=min(512, most),
             longest=max(work.longest, handshake.LONGEST),
-            compile=bool(options.vllm.compile),
+            compile=options.vllm.compile,
             tensor_parallel=options.vllm.tensor_parallel,
             own_process=options.vllm.own_process,
-            kv_bytes=1 << 30,
+            weight_bytes=sum(weight.numel() for weight in model.parameters()) * model.dtype.itemsize,
+            batch_tokens=work.step_tokens,
+            threads=options.threads,
+            memory_fraction=options.vllm.memory_fraction,
+            **slots.options(settings),
         )
         llm, processes = Lifeline.around(start)
 
@@ -133,9 +142,11 @@ class EngineRuntime:
             twin, _ = models.load(config.model_copy(update={"device": "cpu"}))
             return EmbeddedRuntime(twin, method, seed=seed, fold=options.fold)
 
-        runtime = cls(llm, layout, fingerprint(model), embedded, processes)
+        runtime = cls(llm, layout, checkpoint_layout.fingerprint(config, model), embedded, processes)
         try:
-            handshake.check(runtime, {site.name: weight for site, weight in weights.items()}, model)
+            handshake.check(runtime, {site.name: each for site, each in weights.items() if not each.is_meta}, model)
+            if options.vllm.adapters == "lora":
+                runtime.slots = slots.Slots(runtime)
         except BaseException:
             runtime.close()
             raise
@@ -164,19 +175,30 @@ class EngineRuntime:
         self, prompts: Sequence[tuple[int, ...]], *, max_new_tokens: int, stop: Collection[int] = ()
     ) -> list[tuple[int, ...]]:
         """What the clean model writes on; see `zotune.runtimes.base.Runtime.generate`."""
-        from vllm import SamplingParams, TokensPrompt
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        return self.write_on(asked, max_new_tokens=max_new_tokens, stop=stop)
+
+    def write_on(
+        self,
+        prompts: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int,
+        stop: Collection[int],
+        adapters: Sequence[Any] | None = None,
+    ) -> list[tuple[int, ...]]:
+        """As `generate`, from prompts as vLLM has them, perhaps with a LoRA request each."""
+        from vllm import SamplingParams
 
         options = SamplingParams(
             temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop), ignore_eos=True, detokenize=False
         )
-        asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        answers = self._ask(partial(self.llm.generate, asked, options, use_tqdm=False))
-        return [tuple(answer.outputs[0].token_ids) for answer in answers]
+        act = partial(self.llm.generate, list(prompts), options, use_tqdm=False, lora_request=adapters)
+        return [tuple(answer.outputs[0].token_ids) for answer in self._ask(act)]
 
     def apply(self, update: Update) -> None:
         """Change the weights in factor space; fold at the end of a window."""
         self.call("apply", wire.pack_update(update))
-        self._window = update.window + update.closes_window
+        self.window = update.window + update.closes_window
 
     def state(self) -> dict[str, Tensor]:
         """Tuned weights as last folded, accumulated update and rule state, as CPU tensors."""
@@ -206,12 +228,13 @@ class EngineRuntime:
         for name, tensor in state.items():
             self.call("load", name, wire.pack_tensor(tensor))
         self.call("loaded", window)
-        self._window = window
+        self.window = window
 
     def export(self, path: Path) -> None:
         """Write the tuned model as an ordinary Hugging Face folder: the base with this state, in this process."""
+        state = settled(self.state())
         twin = self._embedded()
-        twin.load_state(self.state(), self._window)
+        twin.load_state(state, self.window)
         twin.export(path)
 
     @property
@@ -222,6 +245,8 @@ class EngineRuntime:
     def call(self, method: str, *args: Any) -> list[Any]:
         """Every worker's answer to one of the methods ``on_...`` of `zotune.runtimes.engine.tuner.Tuner`."""
         answers: list[Any] = self._ask(partial(self.llm.collective_rpc, "zotune", args=(method, *args)))
+        if self.slots is not None and method in slots.STALING and not self._ask(self.llm.reset_prefix_cache):
+            raise EngineError("vLLM's prefix cache cannot be emptied while requests are running; wait for their ends")
         return answers
 
     def _ask(self, act: Callable[[], Any]) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from zotune.layout import Site
 from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.folding import Fold
 from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
+
+if TYPE_CHECKING:
+    from zotune.runtimes.engine.bank import Bank
 
 Lookup = Callable[[Tensor], Tensor]
 """A module's own look-up in another table ``(rows, n)``: ``(tokens, n)``."""
@@ -81,6 +85,36 @@ class TokenMix:
             buffer[:tokens, 0] = 1.0
 
 
+class Columns:
+    """Finished windows beside a matrix, of one site or several side by side; see `zotune.runtimes.engine.bank`.
+
+    Args:
+        parts: The sites.
+        shape: ``(out, in)`` of the module's weight.
+        budget: Columns of each site.
+        like: Has the dtype, and is where the module is.
+    """
+
+    def __init__(self, parts: Sequence[Part], shape: tuple[int, int], budget: int, like: Tensor) -> None:
+        self.parts, self.budget = tuple(parts), budget
+        self.b, self.v = like.new_zeros(shape[0], budget), like.new_zeros(shape[1], budget * len(self.parts))
+
+    def show(self, index: int, b: Tensor, v: Tensor) -> None:
+        """Take a site's columns, ``(out, budget)`` and ``(in, budget)`` of the whole site."""
+        part = self.parts[index]
+        self.b[part.local], self.v[:, self._own(index)] = part.of(b), v[part.columns]
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add ``x V B^T`` to ``y (tokens, out)``, in place; ``x`` is ``(tokens, in)``."""
+        projected = x @ self.v
+        for index, part in enumerate(self.parts):
+            y[:, part.local].addmm_(projected[:, self._own(index)], self.b[part.local].T)
+        return y
+
+    def _own(self, index: int) -> slice:
+        return slice(index * self.budget, (index + 1) * self.budget)
+
+
 class TunedVector:
     """Biases or gains ``(n,)`` of a module, as every token sees them: as stored, plus its mixture of ``phi``."""
 
@@ -112,6 +146,7 @@ class TunedMatrix:
         self.phi = torch.zeros(mix.columns, width, shape[0], dtype=dtype, device=device)
         self.keep = torch.ones((), dtype=dtype, device=device)
         self.decays = False
+        self.bank: Columns | None = None
 
     def open_window(self, sites: Mapping[Site, LowRankMatrix]) -> None:
         """Take the window's V of every part."""
@@ -126,7 +161,12 @@ class TunedMatrix:
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Add every token's perturbation to ``y (tokens, out)``, in place; ``x`` is ``(tokens, in)``."""
         projected = (x @ self.v).unsqueeze(1) * self.mix.model[: len(x)].unsqueeze(2)
-        return y.addmm_(projected.flatten(1), self.phi.flatten(0, 1))
+        y.addmm_(projected.flatten(1), self.phi.flatten(0, 1))
+        return y if self.bank is None else self.bank.add_to(y, x)
+
+    def open_bank(self, budget: int) -> None:
+        """Make room for finished windows."""
+        self.bank = Columns(self.parts, (self.phi.shape[2], len(self.v)), budget, self.v)
 
     def _own(self) -> list[tuple[Part, slice]]:
         return [(part, slice(s * self.rank, (s + 1) * self.rank)) for s, part in enumerate(self.parts)]
@@ -141,6 +181,7 @@ class TunedTable:
         self.v = torch.zeros(part.site.shape[1], rank, device=mix.exact.device)
         self.keep = torch.ones((), device=mix.exact.device)
         self.decays = False
+        self.bank: Columns | None = None
 
     def open_window(self, sites: Mapping[Site, LowRankMatrix]) -> None:
         """Take the window's V."""
@@ -155,6 +196,8 @@ class TunedTable:
         """Every token's own embedding ``(tokens, width)``, from what it ``found`` in the stored table."""
         factors = lookup(self.phi.flatten(1)).view(len(found), -1, self.rank)
         shift = torch.einsum("njr,nj->nr", factors, self.mix.exact[: len(found)]) @ self.v.T
+        if self.bank is not None:
+            shift.addmm_(lookup(self.bank.b), self.bank.v.T)
         return found.float().mul_(self.keep).add_(shift).to(found.dtype)
 
     def logits(self, hidden: Tensor, mix: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -168,7 +211,19 @@ class TunedTable:
         """
         phi = self.phi[: len(weight)] if rows is None else self.phi[rows]
         projected = (hidden @ self.v).unsqueeze(1) * mix.unsqueeze(2)
-        return (hidden @ weight.T).mul_(self.keep).addmm_(projected.flatten(1), phi.flatten(1).T)
+        y = (hidden @ weight.T).mul_(self.keep).addmm_(projected.flatten(1), phi.flatten(1).T)
+        if self.bank is not None:
+            y.addmm_(hidden @ self.bank.v, (self.bank.b[: len(weight)] if rows is None else self.bank.b[rows]).T)
+        return y
+
+    def learnt(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``(n, all rows)`` of what was learnt alone, without directions; ``hidden`` is float32."""
+        y = (hidden @ self.v) @ self.phi[:, 0].T
+        return y if self.bank is None else self.bank.add_to(y, hidden)
+
+    def open_bank(self, budget: int) -> None:
+        """Make room for finished windows."""
+        self.bank = Columns(self.parts, (len(self.phi), len(self.v)), budget, self.v)
 
 
 Tuned = TunedVector | TunedMatrix | TunedTable
@@ -180,6 +235,7 @@ class TokenSpace(LowRankSpace):
     def attach(self, modules: Sequence[Tuned], mix: TokenMix) -> None:
         """Let these modules follow all that moves here from now on."""
         self.modules, self.mix = tuple(modules), mix
+        self.bank: Bank | None = None
         for module in modules:
             module.decays = bool(self.method.weight_decay) and module.parts[0].site.decays
         self._refresh_window()
@@ -200,6 +256,15 @@ class TokenSpace(LowRankSpace):
             raise ValueError(f"got {len(columns)} directions at once, room is for {self.mix.columns - 1}")
         for (key, eps), column in columns.items():
             self._show(column, self._draw(key) * eps)
+
+    def shift(self, probe: Probe) -> dict[Site, Tensor]:
+        """What a probe adds to every site's update: ``sign * eps * U``, float32 ``(out, r)``.
+
+        Raises:
+            ValueError: The probe is not of the current window.
+        """
+        flat = torch.zeros_like(self.factors) if probe.key is None else self._draw(probe.key) * (probe.sign * probe.eps)
+        return dict(zip(self.sites, self.directions.factors.views(flat), strict=True))
 
     def mixtures(self, probes: Sequence[Probe]) -> Tensor:
         """The mixture of a token of each probe, float32 ``(probes, columns)``."""
@@ -235,6 +300,8 @@ class TokenSpace(LowRankSpace):
         for module in self.modules:
             module.keep.fill_(self.sites[module.parts[0].site].keep)
         self._show(0, self.factors)
+        if self.bank is not None:
+            self.bank.show(self.modules)
 
     def _show(self, column: int, flat: Tensor) -> None:
         factors = dict(zip(self.sites, self.directions.factors.views(flat), strict=True))

@@ -19,11 +19,13 @@ from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe
 from zotune.runtimes.engine import wire
+from zotune.runtimes.engine.bank import Bank
 from zotune.runtimes.engine.batch import Batch, Prepared
 from zotune.runtimes.engine.layers import Head, Layer, NormLayer, Place, TableLayer, wrap
 from zotune.runtimes.engine.tokenwise import TokenMix, TokenSpace, TunedTable
 from zotune.runtimes.engine.weights import Weights
 from zotune.runtimes.folding import StochasticFold
+from zotune.runtimes.lowrank import LowRankMatrix
 from zotune.runtimes.packing import ACTIVATIONS, cut
 
 MOST_DIRECTIONS = 16
@@ -64,6 +66,10 @@ class Engine(Protocol):
         """Hidden states of these sequences, ascending by length, ``(tokens, width)``."""
         ...
 
+    def quantisation(self, place: Place) -> str | None:
+        """How a layer is quantised; None where it has a plain weight."""
+        ...
+
     def plain(self, place: Place) -> Tensor:
         """A parameter in plain form."""
         ...
@@ -76,6 +82,14 @@ class Engine(Protocol):
         """Take a parameter's new value."""
         ...
 
+    def open_slots(self, count: int, places: Sequence[Place]) -> None:
+        """Make so many adapter slots, all empty, for the layers at these places."""
+        ...
+
+    def write_slot(self, number: int, place: Place, a: Tensor, b: Tensor) -> None:
+        """Let a slot add ``x a^T b^T``, ``(r, in)`` and ``(out, r)``, at a place."""
+        ...
+
 
 class Tuner:
     """Tunes the model of one worker.
@@ -85,7 +99,7 @@ class Tuner:
         settings: What `zotune.runtimes.engine.wire.settings` wrote.
 
     Raises:
-        ModelError: A site has no place in the engine's model that is known.
+        ModelError: A site has no place in the engine's model that is known, or no weight to fold into.
     """
 
     def __init__(self, engine: Engine, settings: Mapping[str, Any]) -> None:
@@ -107,6 +121,7 @@ class Tuner:
             tied.weight = self._table
             tied.wrap()
         self._weights: Weights | None = None
+        self._bank = self._banked(settings["bank_rank"])
         self._rows: dict[int, Prepared] = {}
         self._loading: dict[str, Tensor] = {}
         self.timings = dict.fromkeys(("draw", "pack", "forward", "head", "apply", "fold"), 0.0)
@@ -115,8 +130,23 @@ class Tuner:
     def weights(self) -> Weights:
         """The tuned weights; read back from the engine the first time that they are needed."""
         if self._weights is None:
-            self._weights = Weights(self.places, self.engine.plain, self.engine.repack, self._seed, self._fold)
+            plain = [place for place in self.places if self.engine.quantisation(place) is None]
+            self._weights = Weights(plain, self.engine.plain, self.engine.repack, self._seed, self._fold)
         return self._weights
+
+    def _banked(self, budget: int) -> Bank | None:
+        """The update bank, if there is to be one."""
+        found = {place.part.site: self.engine.quantisation(place) for place in self.places}
+        fixed = {site: how for site, how in found.items() if how is not None}
+        if budget:
+            return Bank(self.space, budget, fixed, lambda: self.weights)
+        for site, how in fixed.items():
+            raise ModelError(
+                f"{site.name} is quantised ({how}), as are {len(fixed) - 1} more of {len(found)} sites, so there is no "
+                "weight to fold updates into. Set runtime.vllm.bank_rank, for example to "
+                f"{32 * self.method.rank}: the update bank keeps them beside the weight."
+            )
+        return None
 
     def call(self, method: str, *args: Any) -> Any:
         """Call one of the methods ``on_...``, which are the driver's."""
@@ -217,20 +247,24 @@ class Tuner:
         """Change the weights."""
         given = wire.update(update)
         with self._timed("fold" if given.closes_window else "apply"):
-            if given.closes_window:
-                self.weights.apply(self.space, given)
-            else:
+            if not given.closes_window:
                 self.space.apply(given, {}, StochasticFold(self._seed))
+            elif self._bank is not None:
+                self._bank.apply(given)
+            else:
+                self.weights.apply(self.space, given)
 
     def on_state_names(self) -> list[str]:
         """Names of the tensors of a checkpoint."""
-        return [*self.weights.state(), *self.space.state()]
+        return list(self._state())
 
     def on_tensor(self, name: str) -> tuple[Any, Any]:
         """A tensor of the state that is here, and which rows and columns of the whole it is (None: all of it)."""
-        state = self.weights.state() | self.space.state()
         part = self.weights.part_of(name)
-        return wire.pack_tensor(state[name]), part and wire.pack_part(part)
+        return wire.pack_tensor(self._state()[name]), part and wire.pack_part(part)
+
+    def _state(self) -> dict[str, Tensor]:
+        return self.weights.state() | self.space.state() | (self._bank.state() if self._bank is not None else {})
 
     def on_load(self, name: str, tensor: Any) -> None:
         """Take a whole tensor of a state; `on_loaded` makes use of them."""
@@ -240,7 +274,25 @@ class Tuner:
         """Restore the state that was sent, as of ``window``."""
         state, self._loading = self._loading, {}
         self.weights.load_state(state)
+        if self._bank is not None:
+            self._bank.load_state(state)
         self.space.load_state(state, window)
+
+    def on_bank(self) -> dict[str, Any] | None:
+        """How full the update bank is and what recompression has cost; None where there is none."""
+        return None if self._bank is None else self._bank.about()
+
+    def on_open_slots(self, count: int) -> None:
+        """Make adapter slots."""
+        self.engine.open_slots(count, self.places)
+
+    def on_write_slot(self, number: int, probe: Any) -> None:
+        """Let an adapter slot show a probe."""
+        shift = self.space.shift(wire.probe(probe))
+        for place in self.places:
+            part, state = place.part, self.space.sites[place.part.site]
+            if isinstance(state, LowRankMatrix):
+                self.engine.write_slot(number, place, state.v[part.columns].T, part.of(shift[part.site]))
 
     def on_plain(self, plain: bool) -> None:
         """Whether wrapped layers do only what was there before."""

@@ -73,17 +73,14 @@ class Weights:
         """Restore what `state` gave, from whole tensors."""
         for site, weight in self.views.items():
             weight.copy_(shard(state[f"weight/{site.name}"], self.parts[site]))
-        kept = {name: shard(state[name], self._part_of(name)) for name in self.fold.state()}
-        self.fold.load_state(kept)
+        parts = {name: self.part_of(name) for name in self.fold.state()}
+        self.fold.load_state({name: shard(state[name], part) for name, part in parts.items() if part is not None})
         self.repack()
 
     def part_of(self, name: str) -> Part | None:
         """Which part of a tensor of the state is here; None where all of it is."""
-        return self._part_of(name) if "/" in name else None
-
-    def _part_of(self, name: str) -> Part:
         wanted = name.partition("/")[2]
-        return next(part for site, part in self.parts.items() if site.name == wanted)
+        return next((part for site, part in self.parts.items() if site.name == wanted), None)
 
 
 class ShardFold:
@@ -122,6 +119,7 @@ def shard(whole: Tensor, part: Part) -> Tensor:
 
 
 def place_shard(whole: Tensor, part: Part, piece: Tensor) -> None:
+    """Put a part where it belongs in the whole site's tensor."""
     if whole.dim() == 2:
         index = torch.arange(len(whole), device=whole.device)[part.rows]
         whole[index, part.columns] = piece

@@ -1,0 +1,126 @@
+"""What an engine will hold in memory, and what there is, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zotune.errors import ModelError
+
+_CGROUP = Path("/sys/fs/cgroup")
+_CACHED = ("active_file", "inactive_file")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one device.
+
+    Attributes:
+        weights: The model in the engine's dtype.
+        factors: What the directions and updates of all sites take, and copies that folding needs.
+        cache: Keys and values.
+    """
+
+    weights: int
+    factors: int
+    cache: int
+
+    def check(self, available: int, where: str) -> None:
+        """Refuse what does not fit.
+
+        Raises:
+            ModelError: There is less than is needed; both numbers are in the message.
+        """
+        needed = self.weights + self.factors + self.cache
+        if needed > available:
+            raise ModelError(
+                f"vLLM needs about {needed:,} bytes on {where} (weights {self.weights:,}, factors and copies "
+                f"{self.factors:,}, keys and values {self.cache:,}), and {available:,} are available. Use a smaller "
+                "model, model.dtype = 'bfloat16', or a lower runtime.max_tokens or method.rank; or free some memory."
+            )
+
+
+def cache_bytes(config: Any, itemsize: int, *, block: int, tokens: int, rows: int, longest: int, shards: int) -> int:
+    """Bytes of keys and values on one worker that any forward of so many tokens and rows can do with.
+
+    Args:
+        config: Of the text model, from transformers.
+        itemsize: Bytes of a key's or value's element.
+        block: Tokens of a block.
+        tokens: Most tokens of a forward.
+        rows: Most sequences of a forward.
+        longest: Most tokens of a sequence.
+        shards: Workers that share the heads.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    page = 2 * block * -(-heads // shards) * width * itemsize
+    # A row's last block may be almost empty. One block is vLLM's own; windows that slide hold one that is half out.
+    blocks = tokens // block + rows + -(-longest // block) + 2
+    return padded_layers(config) * page * blocks
+
+
+def padded_layers(config: Any) -> int:
+    """Layers that blocks are held for: kinds of attention are put into groups of one size, which may not come out even.
+
+    vLLM's rule: the size is the rarest kind's count, or the commonest's where that is less than half as much again.
+    """
+    kinds = Counter(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+    least, most = min(kinds.values()), max(kinds.values())
+    size = most if most < 1.5 * least else least
+    return sum(-(-count // size) * size for count in kinds.values())
+
+
+def factor_bytes(settings: Mapping[str, Any], itemsize: int, *, packs: bool) -> int:
+    """Bytes of everything that a worker keeps for the sites, if it has all of them whole.
+
+    Args:
+        settings: What `zotune.runtimes.engine.wire.settings` wrote.
+        itemsize: Bytes of an element of the model's dtype.
+        packs: Whether the engine keeps weights in another form, so that folding needs them in plain form beside it.
+    """
+    method = settings["method"]
+    rank, columns = method["rank"], 1 + method["directions"]
+    total = 0
+    for _, shape, _ in settings["sites"]:
+        out, width = (*shape, 1)[:2]
+        vectors = out if len(shape) == 1 else rank * out
+        # float32: the update, every direction drawn and V; in the model's dtype: what the layers multiply by.
+        total += 4 * (columns + (method["momentum"] > 0)) * vectors + itemsize * columns * vectors
+        if len(shape) == 2:
+            total += (4 + itemsize) * rank * width
+            total += itemsize * out * width * packs
+            total += 4 * out * width * (settings["fold"] == "master")
+    return total
+
+
+def available(cuda: bool, fraction: float) -> int:
+    """Bytes that may be taken: of a GPU the free part of its share, else of the machine's or the container's memory."""
+    if cuda:
+        free, total = torch.cuda.mem_get_info()
+        return min(free, int(total * fraction))
+    import psutil
+
+    return min(int(psutil.virtual_memory().available), *_container())
+
+
+def _container() -> list[int]:
+    """What the control group leaves, if there is a limit: files that it has cached can be given up."""
+    found = []
+    for limit, usage, statistics in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            most, used = (int((_CGROUP / name).read_text()) for name in (limit, usage))
+            lines = (line.split() for line in (_CGROUP / statistics).read_text().splitlines())
+            found.append(most - used + sum(int(value) for name, value in lines if name in _CACHED))
+        # There is no such file, or the limit is the word "max".
+        except (OSError, ValueError):
+            continue
+    return found or [2**63]

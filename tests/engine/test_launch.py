@@ -1,0 +1,178 @@
+"""Starting an engine, and every way in which that fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from engines import HEAD_SIZE, write
+from transformers import CTRLConfig, Gemma3TextConfig, LlamaConfig
+
+from zotune.config import ModelConfig, RuntimeConfig
+from zotune.errors import ModelError
+from zotune.layout import Layout, Site
+from zotune.optimizer import Method
+from zotune.runtimes.engine import launch, memory, wire
+from zotune.testing import tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return write(tiny.model("llama", head_size=HEAD_SIZE), tmp_path_factory.mktemp("checkpoint"))
+
+
+def settings(sites: tuple[Site, ...]) -> dict[str, Any]:
+    layout = Layout(sites)
+    return wire.settings(Method(rank=2, interval=3), layout, 0, RuntimeConfig(type="vllm"))
+
+
+SITES = (Site("model.norm.weight", (32,)), Site("model.layers.0.mlp.down_proj.weight", (32, 48)))
+
+
+def begin(model: ModelConfig, sites: tuple[Site, ...] = SITES, **options: Any) -> Any:
+    chosen = {"dtype": "float32", "max_tokens": 256, "max_rows": 8, "longest": tiny.CONTEXT, **options}
+    return launch.start(model, settings(sites), **chosen)
+
+
+def descendants() -> list[int]:
+    """Processes that still run below this one."""
+    return sorted(each.pid for each in launch._descendants())
+
+
+def test_a_started_engine_leaves_the_process_as_it_was(checkpoint: ModelConfig) -> None:
+    environment, set_threads = dict(os.environ), torch.set_num_threads
+    llm = begin(checkpoint)
+    try:
+        kept = {name: value for name, value in os.environ.items() if name in environment or name == "LD_PRELOAD"}
+        assert kept == environment
+        answers = llm.generate([{"prompt_token_ids": [5, 6, 7]}], use_tqdm=False)
+        assert len(answers[0].outputs[0].token_ids) > 0
+        cache = llm.llm_engine.vllm_config.cache_config
+        assert cache.block_size == 32
+        assert cache.num_gpu_blocks - 1 >= 8 + 256 // 32
+    finally:
+        launch.stop(llm)
+    assert torch.set_num_threads is set_threads
+
+
+def test_too_little_memory_is_refused_with_both_numbers(checkpoint: ModelConfig) -> None:
+    with pytest.raises(
+        ModelError, match=r"needs about 1,152,921,\d{3},.* bytes on this machine .*, and [\d,]+ are available"
+    ):
+        begin(checkpoint, weight_bytes=1 << 60, kv_bytes=1 << 20)
+
+
+def test_a_context_longer_than_the_model_s_is_refused_with_its_reason(checkpoint: ModelConfig) -> None:
+    with pytest.raises(ModelError, match=r"cannot load the model .*max_model_len \(4096\)") as caught:
+        begin(checkpoint, longest=4096)
+    assert "\n" not in str(caught.value)
+    assert "For further information" not in str(caught.value)
+
+
+def test_an_architecture_that_vllm_does_not_have_is_named(checkpoint: ModelConfig, tmp_path: Path) -> None:
+    for each in Path(checkpoint.path).glob("token*"):
+        (tmp_path / each.name).symlink_to(each)
+    CTRLConfig(architectures=["CTRLLMHeadModel"], n_embd=64, n_head=2, n_layer=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="CTRLLMHeadModel") as caught:
+        begin(ModelConfig(path=str(tmp_path)))
+    assert len(str(caught.value)) < 700
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load the model"):
+        begin(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("own_process", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_worker_that_cannot_start_says_why_and_leaves_no_process(
+    checkpoint: ModelConfig, own_process: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = descendants()
+    with pytest.raises(ModelError, match=r"model\.nowhere\.weight"):
+        begin(checkpoint, (Site("model.nowhere.weight", (8, 8)),), own_process=own_process)
+    assert descendants() == before
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("own_process", "workers"), [(True, 1), (False, 2), (True, 2)])
+def test_processes_share_the_threads_and_end_with_the_engine(
+    checkpoint: ModelConfig, own_process: bool, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    before = descendants()
+    llm = begin(checkpoint, own_process=own_process, tensor_parallel=workers, threads=4)
+    try:
+        assert llm.collective_rpc(_threads) == [4 // workers] * workers
+    finally:
+        launch.stop(llm)
+    assert descendants() == before
+
+
+def _threads(worker: Any) -> int:
+    return torch.get_num_threads()
+
+
+def test_blocks_are_held_for_groups_of_layers_of_one_size() -> None:
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    hybrid = Gemma3TextConfig(num_hidden_layers=26, layer_types=(kinds * 5)[:26])
+    assert memory.padded_layers(hybrid) == 4 + 6 * 4
+    uniform = LlamaConfig(num_hidden_layers=30)
+    assert memory.padded_layers(uniform) == 30
+
+
+def test_the_cache_grows_by_heads_and_is_shared_by_workers() -> None:
+    config = LlamaConfig(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, hidden_size=256)
+    shape = {"block": 32, "tokens": 320, "rows": 5, "longest": 64}
+    whole = memory.cache_bytes(config, 2, shards=1, **shape)
+    assert whole == 3 * (2 * 32 * 2 * 32 * 2) * (10 + 5 + 2 + 2)
+    assert memory.cache_bytes(config, 2, shards=2, **shape) == whole // 2
+    assert memory.cache_bytes(config, 2, shards=4, **shape) == whole // 2
+
+
+def test_a_container_s_limit_counts_less_what_it_may_forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    unlimited = memory.available(False, 0.9)
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2500000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\nactive_file 100000\ninactive_file 300000\n")
+    assert memory.available(False, 0.9) == 900_000
+    assert unlimited > 10_000_000
+
+
+@pytest.mark.parametrize("batch", [1, 37, 736, 9000])
+def test_graphs_are_captured_close_above_every_likely_batch(batch: int) -> None:
+    sizes = launch.graph_sizes(batch, 16384)
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) < 32
+    for tokens in range(-(-batch // 2), batch * 5 // 4 + 1):
+        above = min(size for size in sizes if size >= tokens)
+        assert above - tokens <= max(8, batch / 16 + 8)
+    assert max(launch.graph_sizes(batch, 64)) <= 64
+
+
+def test_starting_is_silent(checkpoint: ModelConfig) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import test_launch as t; from zotune.config import ModelConfig\n"
+        "llm = t.begin(ModelConfig(path=sys.argv[2])); t.launch.stop(llm)"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), checkpoint.path],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
