@@ -59,15 +59,13 @@ def test_no_cell_is_begun_when_the_time_is_up(tmp_path: Path) -> None:
     assert "| tiny | 2 | not run | not run |" in done.stdout
 
 
-def test_a_process_that_is_killed_is_a_failed_cell_and_can_be_tried_again(script: Any, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_is_a_failed_cell_and_can_be_tried_again(
+    script: Any, sides: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     chosen = script.arguments([*TINY, "--out", str(tmp_path)])
-    honest = script.gpu_sides.__file__
-    script.gpu_sides.__file__ = str(tmp_path / "dies.py")
-    try:
-        script.child(chosen, "tiny", "torch", float("inf"))
-    finally:
-        script.gpu_sides.__file__ = honest
+    monkeypatch.setattr(sides, "__file__", str(tmp_path / "dies.py"))
+    script.child(chosen, "tiny", "torch", float("inf"))
     assert script.missing(chosen, "tiny", "torch") == []
     assert "exit code -9" in script.table(script.cells(tmp_path), ["tiny"], [2], ["torch"])
     chosen.retry = True
@@ -102,7 +100,7 @@ def test_rows_are_as_long_as_those_of_sst2(sides: Any) -> None:
 
 @pytest.mark.parametrize(("name", "billions"), [("1.3b", 1.3), ("2.7b", 2.7), ("6.7b", 6.7), ("13b", 13.0)])
 def test_shapes_have_the_sizes_that_they_are_named_after(sides: Any, name: str, billions: float) -> None:
-    network = sides._network(name, "meta")
+    network = sides.network_of(name, "meta")
     assert sum(parameter.numel() for parameter in network.parameters()) / 1e9 == pytest.approx(billions, rel=0.03)
 
 
