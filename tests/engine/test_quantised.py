@@ -69,13 +69,16 @@ def test_formats_that_round_inputs_are_the_dequantised_model(tmp_path: Path, kin
             allowed.append(np.abs(other - expected))
             for side in (runtime, reference, coarse):
                 side.apply(update)
-    # Float32 sums differ by 1e-6, which now and then rounds an input to the other of its two neighbours. Few scores then
-    # differ, and by less than what all of the rounding is worth.
+    # Float32 sums differ by 1e-6, which now and then rounds an input to the other of its two neighbours. Few scores
+    # then differ, and by less than what all of the rounding is worth.
     assert np.quantile(off, 0.7) < 1e-4 < 1e-2 < np.quantile(allowed, 0.5)
     assert np.max(off) < np.max(allowed)
 
 
-@pytest.mark.parametrize("kind", ["AWQ", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("GPTQ", "compressed-tensors W4A16"))])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("GPTQ", "compressed-tensors W4A16")]
+
+
+@pytest.mark.parametrize("kind", ["AWQ", *SLOW])
 def test_formats_of_four_bits_are_the_dequantised_model(tmp_path: Path, kind: str) -> None:
     config, exact = quantised.quantise(quantised.model(), kind, tmp_path)
     case, found, expected, short = _case(METHOD), [], [], []
