@@ -120,6 +120,13 @@ def test_auto_finds_the_dtype_that_the_run_had(tmp_path: Path) -> None:
     assert load(tmp_path / "merged").dtype == torch.bfloat16
 
 
+def test_the_rank_for_vllm_is_one_that_it_has_where_the_matrices_are_kept_as_they_are(tmp_path: Path) -> None:
+    run = made_runs.make(tmp_path, "llama", "mezo-lora", lr=1e-2, lora_rank=5)
+    exported = export_run(run.path, tmp_path / "adapter", "peft")
+    assert exported.rank == 5
+    assert "--max-lora-rank 8." in exported.notes[1]
+
+
 def test_an_adapter_of_linear_layers_is_what_vllm_reads(tmp_path: Path) -> None:
     run = made_runs.make(tmp_path, "llama", "lozo", scope="linear", **WINDOWS)
     exported = export_run(run.path, tmp_path / "adapter", "peft")

@@ -22,13 +22,11 @@ from zotune.export.changes import collect
 from zotune.export.recipe import Recipe
 from zotune.export.truncation import Truncation
 from zotune.layout import Site
+from zotune.runtimes.engine.slots import RANKS
 from zotune.runtimes.modules import find_sites
 
-LARGEST = 512
+LARGEST = RANKS[-1]
 """The rank that an export does not go beyond unless it is told to: the largest that vLLM serves."""
-
-_SERVED = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST)
-"""The ranks that vLLM has LoRA kernels for (its option --max-lora-rank)."""
 
 _PREFIX = "base_model.model."
 
@@ -64,7 +62,7 @@ class Adapter:
             )
         if self.served and self.stored <= LARGEST:
             padded = f" It is padded with zeros to rank {self.stored}." if self.stored > self.rank else ""
-            return exact, f"vLLM loads it with --max-lora-rank {self.stored}.{padded}"
+            return exact, f"vLLM loads it with --max-lora-rank {_stored(self.stored)}.{padded}"
         why = f"its rank is above {LARGEST}" if self.served else "it tunes more than the weights of linear layers"
         return exact, f"vLLM's LoRA loader does not take it, because {why}; the format merged is the way there."
 
@@ -192,7 +190,7 @@ def _from_change(recipe: Recipe, model: Any, rank: int | None, max_error: float)
 
 def _stored(rank: int) -> int:
     """The smallest rank that vLLM serves and that is at least this one; this one itself where there is none."""
-    return next((served for served in _SERVED if served >= rank), rank)
+    return next((served for served in RANKS if served >= rank), rank)
 
 
 def _lora(site: Site, left: Tensor, right: Tensor, *, embedding: bool) -> dict[str, Tensor]:
