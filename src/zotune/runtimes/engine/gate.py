@@ -148,8 +148,8 @@ def require() -> None:
 
 
 def _settle_distutils() -> None:
-    """Let vLLM import setuptools where pip was imported before, over which setuptools would fail."""
-    if "pip" in sys.modules and "setuptools" not in sys.modules and sys.version_info < (3, 12):
+    """Let vLLM import setuptools where pip was looked for before, which breaks setuptools' own distutils."""
+    if "setuptools" not in sys.modules and sys.version_info < (3, 12):
         os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 
 
