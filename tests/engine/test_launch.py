@@ -109,9 +109,9 @@ def test_processes_share_the_threads_and_end_with_the_engine(
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     before = descendants()
-    llm = begin(checkpoint, own_process=own_process, tensor_parallel=workers, threads=4)
+    llm = begin(checkpoint, own_process=own_process, tensor_parallel=workers, threads=2)
     try:
-        assert llm.collective_rpc(_threads) == [4 // workers] * workers
+        assert llm.collective_rpc(_threads) == [2 // workers] * workers
     finally:
         launch.stop(llm)
     assert descendants() == before

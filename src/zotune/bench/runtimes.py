@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -16,20 +15,21 @@ from typing import Any
 
 import torch
 
+from zotune import models
 from zotune.bench import steps, work
 from zotune.bench.runtimes_report import RuntimeReport, RuntimesReport
 from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
 from zotune.errors import ConfigError, ZotuneError, unknown
 from zotune.optimizer import Method
-from zotune.protocol import Update
 from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.engine import checkpoint_layout
+from zotune.runtimes.precision import product_dtype
 from zotune.testing.official import OfficialLozo
 
 RUNTIMES = ("torch", "vllm", "vllm-compiled")
 """What can be compared: the embedded runtime, and vLLM without and with its compiler."""
 
 _FOLDS = 3
-_PROBE_STEPS = 3
 
 
 def runtimes(
@@ -110,17 +110,17 @@ def _alternate(
 ) -> _Timing:
     """Warm all sides up, then time them in turn, a few steps at a time, on the same batches."""
     timing = _Timing()
-    stepper = next(iter(steppers.values()))
-    dtype = next(stepper.setting.model.parameters()).dtype
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    product = product_dtype(next(iter(steppers.values())).setting.model.dtype, device.type)
     for step in sides.values():
         step(0)
     before = {name: dict(each.runtime.timings) for name, each in steppers.items()}
     for start in range(1, repeats + 1, steps.TURN):
         for name, step in sides.items():
             turn = range(start, min(start + steps.TURN, repeats + 1))
-            spent = [steps.seconds(partial(step, number), stepper.device) for number in turn]
+            spent = [steps.seconds(partial(step, number), device) for number in turn]
             timing.seconds.setdefault(name, []).extend(spent)
-        timing.peaks.append(work.matmul_peak(dtype, stepper.device))
+        timing.peaks.append(work.matmul_peak(product, device))
     for name, each in steppers.items():
         after = each.runtime.timings
         timing.phases[name] = {phase: (after[phase] - before[name][phase]) / repeats for phase in after}
@@ -136,10 +136,15 @@ def _report(name: str, timing: _Timing, method: Method, stepper: steps.Stepper) 
 
 
 def _stepper(name: str, given: Mapping[str, Any], method: Method, stack: ExitStack) -> steps.Stepper:
-    setting = steps.prepare(**given)
+    setting = prepare(name, given)
     stepper = steps.Stepper(setting, method, start(name, setting, method))
     stack.enter_context(closing(stepper.runtime))
     return stepper
+
+
+def prepare(name: str, given: Mapping[str, Any]) -> steps.Setting:
+    """Model and data as a run on this runtime loads them: an engine loads its weights itself."""
+    return steps.prepare(**given, load=models.load if name == "torch" else checkpoint_layout.load)
 
 
 def start(name: str, setting: steps.Setting, method: Method) -> steps.Timed:
@@ -168,35 +173,10 @@ def start(name: str, setting: steps.Setting, method: Method) -> steps.Timed:
 
 def _apart(report: RuntimeReport, settings: Mapping[str, Any]) -> RuntimeReport:
     """The report with start-up time and peak memory, measured in a process of its own."""
-    command = [sys.executable, "-m", __name__, report.runtime, json.dumps(settings, default=str)]
+    command = [sys.executable, "-m", "zotune.bench.runtimes_probe", report.runtime, json.dumps(settings, default=str)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise ZotuneError(f"measuring the start of {report.runtime} failed: {last[0]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return replace(report, startup_s=found["startup_s"], peak_bytes=found["peak_bytes"])
-
-
-def _probe(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Start one runtime, take a few steps and fold."""
-    from zotune.bench.memory import forget_peak, peak_bytes
-
-    torch.set_num_threads(settings.pop("threads"))
-    method = steps.method_of(settings.pop("scope"), settings.pop("rank"), settings.pop("directions"))
-    forget_peak(torch.device("cpu"))
-    began = time.perf_counter()
-    setting = steps.prepare(**settings)
-    runtime = start(name, setting, method)
-    took = time.perf_counter() - began
-    device = next(setting.model.parameters()).device
-    stepper = steps.Stepper(setting, method, runtime)
-    for number in range(_PROBE_STEPS):
-        stepper.step(number)
-    runtime.apply(Update(_PROBE_STEPS, 0, (), 0.0, closes_window=True))
-    peak = peak_bytes(device)
-    runtime.close()
-    return {"startup_s": took, "peak_bytes": peak}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_probe(sys.argv[1], json.loads(sys.argv[2]))))

@@ -139,11 +139,18 @@ def method_of(scope: str, rank: int, directions: int) -> Method:
     return replace(PRESETS["lozo"].method, scope=known, rank=rank, directions=directions)
 
 
-def prepare(*, model: str | None, data: str | Path | None, dtype: str, batch_size: int) -> Setting:
+def prepare(
+    *,
+    model: str | None,
+    data: str | Path | None,
+    dtype: str,
+    batch_size: int,
+    load: Callable[[ModelConfig], tuple[Any, Any]] = models.load,
+) -> Setting:
     """Load a model and its data; what is None comes from the demonstration."""
     assets = demo.fetch() if model is None or data is None else None
     path = model if model is not None else str(assets.model) if assets else ""
-    loaded, tokenizer = models.load(ModelConfig(path=path, dtype=cast("Literal['float32']", dtype)))
+    loaded, tokenizer = load(ModelConfig(path=path, dtype=cast("Literal['float32']", dtype)))
     if data is not None:
         folder = Path(data)
         source = DataConfig(

@@ -86,7 +86,7 @@ def _rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device)
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Seconds, once all that was asked of the device, or of a GPU by an engine in this process, is done."""
+    if device.type == "cuda" or torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter()
