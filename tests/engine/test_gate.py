@@ -94,9 +94,9 @@ def test_a_torchvision_that_does_not_match_comes_with_the_command_that_helps(tmp
 def test_the_same_is_seen_behind_another_error(monkeypatch: pytest.MonkeyPatch) -> None:
     importer = importlib.import_module
 
-    def failing(name: str) -> object:
+    def failing(name: str, package: str | None = None) -> object:
         if name != "vllm.entrypoints.llm":
-            return importer(name)
+            return importer(name, package)
         try:
             raise OSError("undefined symbol in libtorchcodec_core7.so")
         except OSError as cause:
@@ -117,3 +117,4 @@ def test_a_process_that_has_looked_for_pip_can_start_vllm() -> None:
     script = "import importlib.util as u; u.find_spec('pip'); from zotune.runtimes.engine import gate; gate.require()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "distutils" not in done.stderr

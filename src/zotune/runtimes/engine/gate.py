@@ -6,6 +6,7 @@ word, however new it is.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import importlib
@@ -13,6 +14,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +27,7 @@ EXPECTED = "0.26 to 0.33"
 """Versions whose sources were read."""
 
 _MISMATCHED = ("torchvision", "torchaudio", "torchcodec")
+_DISTUTILS = "SETUPTOOLS_USE_DISTUTILS"
 _LAYERS = "vllm.model_executor.layers"
 _WORKER = "vllm.v1.worker"
 
@@ -148,9 +151,18 @@ def require() -> None:
 
 
 def _settle_distutils() -> None:
-    """Let vLLM import setuptools where pip was looked for before, which breaks setuptools' own distutils."""
-    if "setuptools" not in sys.modules and sys.version_info < (3, 12):
-        os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+    """Import setuptools as vLLM would, which fails on its own distutils once anything has looked for pip."""
+    if "setuptools" in sys.modules or sys.version_info >= (3, 12):
+        return
+    before = os.environ.get(_DISTUTILS)
+    os.environ[_DISTUTILS] = "stdlib"
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(ImportError):
+            importlib.import_module("setuptools")
+    finally:
+        os.environ.pop(_DISTUTILS)
+        if before is not None:
+            os.environ[_DISTUTILS] = before
 
 
 def version() -> str:
