@@ -261,7 +261,14 @@ def test_an_unknown_model_is_a_line_not_a_traceback(config_file: Path, tmp_path:
 def test_ctrl_c_ends_with_the_command_that_goes_on(config_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "my run"
     words = ["run", str(config_file), "--set", "train.steps=100000"]
-    process = subprocess.Popen([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*PROGRAM, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     journal = path / "journal.jsonl"
     deadline = time.monotonic() + 120
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):

@@ -1,0 +1,124 @@
+"""Results of long benchmarks: one JSON file per case, so that a benchmark can be stopped and called again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from zotune import durable
+from zotune.errors import DataError
+from zotune.run import cpu_name, versions
+
+Case = Mapping[str, Any]
+"""What is measured: every setting that a figure depends on, as JSON knows values."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured case.
+
+    Attributes:
+        kind: Which benchmark: ``scaling``, ``convergence``, ``overhead``, ``parity``, ``cluster``.
+        case: Its settings.
+        figures: What came out.
+        machine: Hardware, versions, commit, date and command; see `machine`.
+    """
+
+    kind: str
+    case: Case
+    figures: Mapping[str, Any]
+    machine: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A folder of results.
+
+    Attributes:
+        folder: Made with the first result.
+        kind: Of the results that `add` writes and `find` looks for.
+    """
+
+    folder: Path
+    kind: str
+
+    def find(self, case: Case) -> Result | None:
+        """The result of exactly this case, if it has been measured.
+
+        Raises:
+            DataError: Its file is damaged.
+        """
+        path = self._path(case)
+        return _read(path) if path.exists() else None
+
+    def add(self, case: Case, figures: Mapping[str, Any]) -> Result:
+        """Keep what was measured, in the place of an earlier result of the same case."""
+        result = Result(self.kind, dict(case), dict(figures), machine())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        durable.replace(self._path(case), (json.dumps(vars(result), indent=1) + "\n").encode())
+        return result
+
+    def _path(self, case: Case) -> Path:
+        text = json.dumps(case, sort_keys=True)
+        return self.folder / f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+
+def every(folder: Path) -> list[Result]:
+    """All results in a folder and the folders in it, by file name.
+
+    Raises:
+        DataError: The folder is not there, has no results, or one is damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; give one that zotune bench wrote results to (--out)")
+    found = [_read(path) for path in sorted(folder.rglob("*.json"))]
+    if not found:
+        raise DataError(f"{folder} has no results (*.json); zotune bench scaling --out {folder} writes some")
+    return found
+
+
+def _read(path: Path) -> Result:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        result = Result(**record)
+        if not all(isinstance(part, dict) for part in (result.case, result.figures, result.machine)):
+            raise TypeError("case, figures and machine must be objects")
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is not a result of zotune bench: {error}; remove it and measure again") from error
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a figure is measured, by this process."""
+    import torch
+
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+    }
+
+
+def commit() -> str | None:
+    """Of the work tree that this package lies in, ``-dirty`` where files differ; None outside one."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
