@@ -177,7 +177,7 @@ def batches(size: int, count: int) -> list[list[Any]]:
 
 
 def _official(task: Task) -> Side:
-    from zotune.testing.official import OfficialLozo
+    from zotune.testing.baselines.official import OfficialLozo
 
     network, method = network_of(task.model, _device()), _method()
     official = OfficialLozo(network, lr=method.lr, eps=method.eps, rank=method.rank, interval=method.interval)

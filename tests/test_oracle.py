@@ -14,7 +14,7 @@ from zotune.layout import Site
 from zotune.optimizer import Method, Optimizer
 from zotune.rows import Candidate, Example, Row
 from zotune.testing import oracle, tiny
-from zotune.testing.official import OfficialLozo, OfficialMezo, collate, padded_loss
+from zotune.testing.baselines.official import OfficialLozo, OfficialMezo, collate, padded_loss
 from zotune.testing.oracle import DenseOracle
 from zotune.testing.reference import OracleRuntime
 

@@ -11,7 +11,7 @@ import torch
 from zotune.bench.memory import Side, forget_peak, peak_bytes
 from zotune.bench.steps import Setting, Stepper, method_of, prepare
 from zotune.protocol import Update
-from zotune.testing.official import collate
+from zotune.testing.baselines.official import collate
 
 _STEPS = 3
 

@@ -24,7 +24,7 @@ from zotune.optimizer import Method
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import checkpoint_layout
 from zotune.runtimes.precision import product_dtype
-from zotune.testing.official import OfficialLozo
+from zotune.testing.baselines.official import OfficialLozo
 
 RUNTIMES = ("torch", "vllm", "vllm-compiled")
 """What can be compared: the embedded runtime, and vLLM without and with its compiler."""

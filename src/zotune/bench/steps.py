@@ -26,7 +26,7 @@ from zotune.rows import Example
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.precision import product_dtype
-from zotune.testing.official import OfficialLozo
+from zotune.testing.baselines.official import OfficialLozo
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _SCOPES = ("linear", "all")

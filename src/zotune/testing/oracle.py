@@ -21,7 +21,7 @@ from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.rows import Candidate, Row
-from zotune.testing.official import UNDECAYED
+from zotune.testing.baselines.official import UNDECAYED
 
 
 def sites(model: nn.Module, scope: Literal["linear", "all"]) -> tuple[Site, ...]:
