@@ -7,9 +7,9 @@ rank and probe distance; each runs as it would in use: zotune packs, the officia
 from __future__ import annotations
 
 from zotune.bench.memory import MemoryReport
-from zotune.bench.report import StepReport
 from zotune.bench.runtimes import runtimes
 from zotune.bench.runtimes_report import RuntimesReport
+from zotune.bench.step_report import StepReport
 from zotune.bench.steps import step
 
 __all__ = ["MemoryReport", "RuntimesReport", "StepReport", "runtimes", "step"]

@@ -16,7 +16,7 @@ from zotune import data as datasets
 from zotune import demo, models
 from zotune.bench import memory as memories
 from zotune.bench import work
-from zotune.bench.report import StepReport
+from zotune.bench.step_report import StepReport
 from zotune.config import DataConfig, ModelConfig
 from zotune.errors import ConfigError, DataError, unknown
 from zotune.optimizer import Method, Optimizer
