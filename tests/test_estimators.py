@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from zotune.directions import DenseDirections, LowRankDirections
-from zotune.estimators import OneSided, TwoPoint
+from zotune.estimators import Damped, OneSided, Standardised, TwoPoint
 from zotune.layout import Site
 from zotune.objectives import CompletionNLL
 from zotune.optimizer import Method, Optimizer
@@ -40,6 +40,31 @@ def test_two_point_coefficients_by_hand() -> None:
 def test_one_sided_coefficients_by_hand() -> None:
     assert OneSided().coefficients([1.0, 1.5], 0.25) == (2.0,)
     assert OneSided().coefficients([1.0, 1.5, 0.0, 1.0], 0.5) == pytest.approx((1 / 3, -2 / 3, 0.0))
+
+
+@pytest.mark.parametrize("estimator", [Standardised(), Damped()])
+def test_the_many_direction_estimators_share_one_clean_score(estimator: OneSided) -> None:
+    assert estimator.probes(KEYS, 0.1) == OneSided().probes(KEYS, 0.1)
+
+
+def test_standardised_coefficients_by_hand() -> None:
+    # The losses 3 and 1 have standard deviation 1.
+    assert Standardised().coefficients([1.0, 3.0, 1.0], 0.5) == (1.0, 0.0)
+    assert Standardised().coefficients([0.5, 3.0, 1.0], 0.5) == (1.25, 0.25)
+
+
+def test_standardised_coefficients_do_not_depend_on_how_far_and_how_large_the_losses_are() -> None:
+    losses, larger = [1.0, 1.5, 0.25, 2.0], [7.0 + 100 * loss for loss in [1.0, 1.5, 0.25, 2.0]]
+    assert Standardised().coefficients(larger, 1e-4) == pytest.approx(Standardised().coefficients(losses, 0.5))
+
+
+def test_standardised_has_no_estimate_where_all_losses_are_equal() -> None:
+    assert all(math.isnan(c) for c in Standardised().coefficients([1.0, 2.0, 2.0], 0.5))
+
+
+def test_damped_coefficients_by_hand() -> None:
+    # Slopes of 1024 and -0.5: the tenth root of 1024 is 2, and small slopes are as they are.
+    assert Damped().coefficients([0.0, 1024.0, -0.5], 1.0) == pytest.approx((256.0, -0.25))
 
 
 class Quadratic:

@@ -68,6 +68,28 @@ def test_one_sided_step_by_hand() -> None:
     assert optimizer.tell(proposal, [1.0, 2.0]).terms == ((key, 2.0),)
 
 
+def test_a_damped_step_probes_as_far_as_the_schedule_lets_it_go() -> None:
+    method = Method(estimator="damped", eps=0.5, lr=0.1, schedule="linear", warmup_steps=2)
+    optimizer = Optimizer(method, steps=12)
+    distances = [optimizer.ask(step).probes[1].eps for step in (0, 1, 2, 7)]
+    # The first step of a warm-up has a learning rate of 0, and still needs a distance.
+    assert distances == [0.5, 0.25, 0.5, 0.25]
+    assert optimizer.update(7, [1.0]).lr == pytest.approx(0.05)
+    # A slope of 1 at the distance that was probed.
+    assert [c for _, c in optimizer.tell(optimizer.ask(7), [1.0, 1.25]).terms] == [1.0]
+
+
+def test_a_step_whose_directions_all_lose_the_same_has_no_estimate() -> None:
+    optimizer = Optimizer(Method(estimator="standardised", directions=3), steps=2)
+    with pytest.raises(NonFiniteLossError, match="step 1: coefficients"):
+        optimizer.tell(optimizer.ask(1), [1.0, 2.0, 2.0, 2.0])
+
+
+def test_a_spread_needs_two_directions() -> None:
+    with pytest.raises(ConfigError, match=r"directions = 1: .* two directions or more"):
+        Method(estimator="standardised")
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_window_closes_on_its_last_step_also_when_that_is_skipped(told: bool) -> None:
     optimizer = Optimizer(Method(interval=3), steps=9)
@@ -151,5 +173,5 @@ def test_the_scale_normalises_by_the_rank() -> None:
 
 def test_a_coefficient_beyond_float32_is_no_estimate():
     optimizer = Optimizer(Method(eps=1e-3), steps=10)
-    with pytest.raises(NonFiniteLossError, match="beyond float32"):
+    with pytest.raises(NonFiniteLossError, match="not finite in float32"):
         optimizer.tell(optimizer.ask(0), [3e36, -3e36])

@@ -72,7 +72,7 @@ class MethodConfig(Section):
     rank: int | None = Field(default=None, ge=1, le=4096, description="rank of a direction")
     interval: int | None = Field(default=None, ge=1, description="steps that share V (nu)")
     directions: int | None = Field(default=None, ge=1, le=4096, description="directions per step")
-    estimator: Literal["two-point", "one-sided"] | None = None
+    estimator: Literal["two-point", "one-sided", "standardised", "damped"] | None = None
     momentum: float | None = Field(default=None, ge=0, lt=1)
     weight_decay: float | None = Field(default=None, ge=0)
     schedule: Literal["constant", "linear", "cosine"] | None = None

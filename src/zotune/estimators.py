@@ -6,14 +6,22 @@ into the projected gradients ``c`` whose mean direction ``1/q sum c_i u_i`` esti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import pstdev
 from typing import Protocol
 
 from zotune.protocol import CLEAN, DirectionKey, Probe
 
 
 class Estimator(Protocol):
-    """What every estimator offers."""
+    """What every estimator offers.
+
+    Attributes:
+        eps_follows_lr: Whether the probe distance falls with the learning rate's schedule.
+    """
+
+    eps_follows_lr: bool
 
     def probes(self, keys: Sequence[DirectionKey], eps: float) -> tuple[Probe, ...]:
         """The points to score for these directions."""
@@ -26,6 +34,8 @@ class Estimator(Protocol):
 
 class TwoPoint:
     """Central difference ``c = (L(+eps) - L(-eps)) / (2 eps)`` (Spall 1992, SPSA); two forwards per direction."""
+
+    eps_follows_lr = False
 
     def probes(self, keys: Sequence[DirectionKey], eps: float) -> tuple[Probe, ...]:
         """Plus and minus of each direction, side by side."""
@@ -40,6 +50,8 @@ class TwoPoint:
 class OneSided:
     """Forward difference ``c = (L(+eps) - L(0)) / eps`` with one clean score shared by all directions."""
 
+    eps_follows_lr = False
+
     def probes(self, keys: Sequence[DirectionKey], eps: float) -> tuple[Probe, ...]:
         """The clean model, then plus of each direction."""
         return (CLEAN, *(Probe(key, 1, eps) for key in keys))
@@ -50,4 +62,37 @@ class OneSided:
         return tuple((loss - clean) / eps / len(shifted) for loss in shifted)
 
 
-ESTIMATORS: dict[str, Estimator] = {"two-point": TwoPoint(), "one-sided": OneSided()}
+class Standardised(OneSided):
+    """FZOO: forward differences over the spread of the losses, ``c_i = (L(u_i) - L(0)) / std_j L(u_j)``.
+
+    The step adapts to how rough the loss is around the point, as normalised SGD's does; ``eps`` cancels but for
+    curvature. Needs two directions or more; where all their losses are equal there is no estimate.
+    """
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
+        """Differences from the clean loss in units of the shifted losses' standard deviation; NaN where that is 0."""
+        clean, *shifted = losses
+        spread = pstdev(shifted)
+        if not spread:
+            return (math.nan,) * len(shifted)
+        return tuple((loss - clean) / spread / len(shifted) for loss in shifted)
+
+
+class Damped(OneSided):
+    """1.5-SPSA: forward differences, large ones damped: ``c_i / max(1, |c_i| ** 0.1)``; eps falls with the lr."""
+
+    eps_follows_lr = True
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
+        """Differences from the clean loss, damped each before their mean."""
+        clean, *shifted = losses
+        slopes = [(loss - clean) / eps for loss in shifted]
+        return tuple(slope / max(1.0, abs(slope) ** 0.1) / len(slopes) for slope in slopes)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "two-point": TwoPoint(),
+    "one-sided": OneSided(),
+    "standardised": Standardised(),
+    "damped": Damped(),
+}

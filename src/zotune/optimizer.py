@@ -27,7 +27,7 @@ class Method:
         rank: Columns of U and V (low-rank).
         interval: Steps that share V, nu (low-rank).
         normalised: Whether directions are divided by ``sqrt(rank)`` (low-rank).
-        estimator: ``two-point`` or ``one-sided``.
+        estimator: Of `zotune.estimators`: ``two-point``, ``one-sided``, ``standardised`` or ``damped``.
         directions: Directions per step, q.
         eps: Distance of a probe from the clean model.
         lr: Learning rate, in the convention of LOZO's official code (``B -= lr * c * U``).
@@ -46,7 +46,7 @@ class Method:
     rank: int = 2
     interval: int = 50
     normalised: bool = False
-    estimator: Literal["two-point", "one-sided"] = "two-point"
+    estimator: Literal["two-point", "one-sided", "standardised", "damped"] = "two-point"
     directions: int = 1
     eps: float = 1e-3
     lr: float = 1e-6
@@ -66,6 +66,11 @@ class Method:
             )
         if self.lora_rank is not None and self.family != "dense":
             raise ConfigError("LoRA matrices are tuned with dense directions; use the preset mezo-lora")
+        if self.estimator == "standardised" and self.directions < 2:
+            raise ConfigError(
+                f"directions = {self.directions}: the estimator 'standardised' divides by the spread of the losses of "
+                "a step's directions; give two directions or more (fzoo has 8)"
+            )
 
     @property
     def scale(self) -> float:
@@ -92,15 +97,15 @@ class Optimizer:
         method = self.method
         window = step // method.interval if method.family == "low-rank" else step
         keys = [DirectionKey(window, step, index) for index in range(method.directions)]
-        return Proposal(step, window, ESTIMATORS[method.estimator].probes(keys, method.eps))
+        return Proposal(step, window, ESTIMATORS[method.estimator].probes(keys, self._eps(step)))
 
     def tell(self, proposal: Proposal, losses: Sequence[float]) -> Update:
         """The update that follows from the losses of a proposal's probes.
 
         Raises:
             ValueError: The proposal is not one of this optimizer's, or the number of losses is not that of its probes.
-            NonFiniteLossError: A loss is NaN or infinite, or a coefficient is beyond float32; `skip` gives the update
-                that leaves the weights alone.
+            NonFiniteLossError: A loss is NaN or infinite, or a coefficient is not a finite float32; `skip` gives the
+                update that leaves the weights alone.
         """
         if proposal != self.ask(proposal.step):
             raise ValueError(f"the proposal of step {proposal.step} was not asked from this optimizer")
@@ -108,9 +113,10 @@ class Optimizer:
             raise ValueError(f"got {len(losses)} losses for the {len(proposal.probes)} probes of step {proposal.step}")
         if not all(math.isfinite(loss) for loss in losses):
             raise NonFiniteLossError(f"step {proposal.step}: losses {[float(loss) for loss in losses]}")
-        coefficients = ESTIMATORS[self.method.estimator].coefficients([float(x) for x in losses], self.method.eps)
-        if any(abs(coefficient) > _LARGEST for coefficient in coefficients):
-            raise NonFiniteLossError(f"step {proposal.step}: coefficients {coefficients} are beyond float32")
+        estimator, eps = ESTIMATORS[self.method.estimator], self._eps(proposal.step)
+        coefficients = estimator.coefficients([float(x) for x in losses], eps)
+        if not all(abs(coefficient) <= _LARGEST for coefficient in coefficients):
+            raise NonFiniteLossError(f"step {proposal.step}: coefficients {coefficients} are not finite in float32")
         return self.update(proposal.step, coefficients)
 
     def skip(self, proposal: Proposal) -> Update:
@@ -129,9 +135,17 @@ class Optimizer:
         keys = dict.fromkeys(probe.key for probe in proposal.probes if probe.key is not None)
         terms = tuple(zip(keys, coefficients, strict=True)) if coefficients else ()
         if lr is None:
-            lr = method.lr * factor(method.schedule, step, self.steps, method.warmup_steps)
+            lr = method.lr * self._factor(step)
         closes = method.family == "low-rank" and (step + 1) % method.interval == 0
         return Update(step, proposal.window, terms, lr, closes)
+
+    def _factor(self, step: int) -> float:
+        return factor(self.method.schedule, step, self.steps, self.method.warmup_steps)
+
+    def _eps(self, step: int) -> float:
+        follows = ESTIMATORS[self.method.estimator].eps_follows_lr
+        # Where the schedule is at 0 nothing moves, but a probe needs a distance.
+        return self.method.eps * (self._factor(step) or 1.0) if follows else self.method.eps
 
     def loss(self, losses: Sequence[float]) -> float:
         """The step's loss for people: the mean over its probes."""

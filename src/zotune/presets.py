@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from zotune.config import MethodConfig
 from zotune.errors import ConfigError, unknown
@@ -33,9 +34,15 @@ _LOZO = (
     "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures"
 )
 _MEZO = "Malladi, Gao, Nichani, Damian, Lee, Chen and Arora 2023, Fine-Tuning Language Models with Just Forward Passes"
+_SIGNS = (
+    "directions are s t^T with vectors of signs, s fresh every step and t kept for a window, so that all of them ride "
+    "in one low-rank forward; the paper draws a sign per weight"
+)
 _APPLIES_PROBED = "applies the direction that was probed on every step; the official code redraws U on refresh steps"
 _V_SIDE = "V is on the input side of every linear map, also where a checkpoint stores the weight transposed (GPT-2)"
 _TRANSIENT = "perturbs one site at a time inside the forward, so the weights are never touched and need no restoring"
+
+_MANY: dict[str, Any] = {"distribution": "rademacher", "rank": 1}
 
 PRESETS = {
     preset.name: preset
@@ -74,6 +81,20 @@ PRESETS = {
             _MEZO,
             (_TRANSIENT,),
             Method(family="dense", lr=5e-5, eps=1e-2, lora_rank=8, lora_alpha=16),
+        ),
+        Preset(
+            "fzoo",
+            "eight sign directions a step against one clean score, the step in units of their losses' spread",
+            "FZOO 2025, fast zeroth-order fine-tuning with Rademacher directions and steps normalised by their losses",
+            (_SIGNS, "the standard deviation is that of the N losses themselves, not an estimate of a population's"),
+            Method(**_MANY, estimator="standardised", directions=8, lr=5e-5, eps=1e-4),
+        ),
+        Preset(
+            "spsa-1.5",
+            "forty sign directions a step against one clean score, large slopes damped: few large steps, large batches",
+            "1.5-SPSA 2026, few-step zeroth-order fine-tuning with many probes of one shared clean loss",
+            (_SIGNS, "eps keeps its ratio to lr over the schedule; the ratio itself is a setting"),
+            Method(**_MANY, estimator="damped", directions=40, lr=1e-4, eps=1e-4, schedule="linear"),
         ),
     )
 }

@@ -18,7 +18,7 @@ from zotune.errors import NonFiniteLossError
 from zotune.objectives import CandidateCrossEntropy
 from zotune.optimizer import Method, Optimizer
 from zotune.presets import Preset
-from zotune.protocol import CLEAN
+from zotune.protocol import CLEAN, Proposal
 from zotune.rows import Example
 from zotune.runtimes.base import Runtime
 from zotune.testing import tiny
@@ -80,7 +80,7 @@ def check_tell(preset: Preset, factory: Factory) -> None:
     """`tell` is pure, and checks the step, the number of losses and that they are finite."""
     optimizer = Optimizer(preset.method, 200)
     proposal = optimizer.ask(3)
-    losses = [0.5 + 0.1 * index for index in range(len(proposal.probes))]
+    losses = _distinct(proposal)
     update = optimizer.tell(proposal, losses)
     assert update == Optimizer(preset.method, 200).tell(proposal, losses)
     assert (update.step, update.window) == (3, proposal.window)
@@ -95,6 +95,11 @@ def check_tell(preset: Preset, factory: Factory) -> None:
     except ValueError:
         return
     raise AssertionError("a proposal of another step was accepted")
+
+
+def _distinct(proposal: Proposal) -> list[float]:
+    """A loss per probe, no two equal, so that every estimator has an estimate."""
+    return [0.5 + 0.1 * index for index in range(len(proposal.probes))]
 
 
 def _refused(optimizer: Optimizer, step: int, losses: list[float], error: type[Exception]) -> None:
@@ -122,7 +127,7 @@ def check_skip(preset: Preset, factory: Factory) -> None:
     before = runtime.score([CLEAN], rows)
     update = optimizer.skip(proposal)
     assert update.terms == ()
-    assert update.closes_window == optimizer.tell(proposal, [1.0] * len(proposal.probes)).closes_window
+    assert update.closes_window == optimizer.tell(proposal, _distinct(proposal)).closes_window
     runtime.apply(update)
     after = runtime.score([CLEAN], rows)
     # A window that closes is folded: the same weights, rounded once more.
