@@ -14,7 +14,7 @@ config = zotune.parse_config(
             "candidates": [" terrible", " great"],
             "label": "label",
         },
-        "method": {"preset": "lozo", "lr": 1e-6},
+        "method": {"preset": "lozo"},
         "train": {"steps": 200},
     }
 )

@@ -37,7 +37,9 @@ configs = st.builds(
         train_size=optional(positive),
         bos=st.sampled_from(["tokenizer", "none", 0, 2]),
     ),
-    method=st.builds(MethodConfig, preset=st.just("lozo"), lr=optional(rates), rank=optional(st.integers(1, 4096))),
+    method=st.builds(
+        MethodConfig, preset=st.just("lozo"), lr=st.just("auto") | rates, rank=optional(st.integers(1, 4096))
+    ),
     train=st.builds(TrainConfig, steps=positive, seed=positive),
     runtime=st.builds(
         RuntimeConfig, fold=st.sampled_from(["stochastic", "master"]), threads=optional(st.integers(1, 512))
@@ -87,7 +89,7 @@ def test_defaults_fill_what_is_left_out() -> None:
         (changed(output=""), "output: String should have at least 1 character (got '')"),
         (changed(model={"path": ""}), "model.path: String should have at least 1 character (got '')"),
         (changed(train={"steps": 0}), "train.steps: Input should be greater than or equal to 1 (got 0)"),
-        (changed(method={"lr": float("inf")}), "method.lr: Input should be a finite number (got inf)"),
+        (changed(method={"lr": float("inf")}), "method.lr: must be 'auto' or a number from 0 to 1e38 (got inf)"),
         (changed(model={"dtype": "bf16"}), "'auto', 'float32', 'bfloat16' or 'float16' (got 'bf16')"),
         (changed(train=3), "train is a table: write [train] and its keys below (got 3)"),
         ({"output": "runs/a", "data": {}}, "model is required"),

@@ -6,11 +6,19 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zotune.errors import ConfigError, unknown
+
+AUTO: Final = "auto"
+
+_UNIONS = {
+    "data.bos": "must be 'tokenizer', 'none' or a token id",
+    "method.lr": "must be 'auto' or a number from 0 to 1e38",
+}
+"""What a key of several types allows, in one line: each member of the union complains on its own."""
 
 
 class Section(BaseModel):
@@ -65,8 +73,9 @@ class MethodConfig(Section):
 
     preset: str = "lozo"
     scope: Literal["linear", "all"] | None = Field(default=None, description="linear weights only, or every parameter")
-    lr: float | None = Field(
-        default=None, ge=0, le=1e38, description="learning rate, LOZO's official code's convention"
+    lr: Annotated[float, Field(ge=0, le=1e38)] | Literal["auto"] = Field(
+        default=AUTO,
+        description="learning rate, LOZO's official code's convention; auto: chosen by probing when the run begins",
     )
     eps: float | None = Field(default=None, gt=0, description="probe distance")
     rank: int | None = Field(default=None, ge=1, le=4096, description="rank of a direction")
@@ -231,9 +240,8 @@ def _explain(problem: Any) -> str:
         return f"{where} is a table: write [{where}] and its keys below (got {problem['input']!r})"
     if problem["type"] == "value_error":
         return f"{where}: {problem['ctx']['error']}"
-    if where == "data.bos":
-        # Each member of the union complains on its own; one line says what all of them allow.
-        return f"data.bos: must be 'tokenizer', 'none' or a token id (got {problem['input']!r})"
+    if where in _UNIONS:
+        return f"{where}: {_UNIONS[where]} (got {problem['input']!r})"
     return f"{where}: {problem['msg']} (got {problem['input']!r})"
 
 

@@ -27,6 +27,10 @@ class Estimator(Protocol):
         """The points to score for these directions."""
         ...
 
+    def slopes(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
+        """The loss's derivative along each direction, as its probes see it."""
+        ...
+
     def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
         """One coefficient per direction, each already divided by the number of directions."""
         ...
@@ -41,10 +45,14 @@ class TwoPoint:
         """Plus and minus of each direction, side by side."""
         return tuple(Probe(key, sign, eps) for key in keys for sign in (1, -1))
 
-    def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
+    def slopes(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
         """Differences of neighbours."""
-        n = len(losses) // 2
-        return tuple((losses[2 * i] - losses[2 * i + 1]) / (2 * eps) / n for i in range(n))
+        return tuple((plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True))
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
+        """The slopes, for their mean."""
+        slopes = self.slopes(losses, eps)
+        return tuple(slope / len(slopes) for slope in slopes)
 
 
 class OneSided:
@@ -56,10 +64,15 @@ class OneSided:
         """The clean model, then plus of each direction."""
         return (CLEAN, *(Probe(key, 1, eps) for key in keys))
 
-    def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
+    def slopes(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
         """Differences from the clean loss."""
         clean, *shifted = losses
-        return tuple((loss - clean) / eps / len(shifted) for loss in shifted)
+        return tuple((loss - clean) / eps for loss in shifted)
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
+        """The slopes, for their mean."""
+        slopes = self.slopes(losses, eps)
+        return tuple(slope / len(slopes) for slope in slopes)
 
 
 class Standardised(OneSided):
@@ -84,9 +97,8 @@ class Damped(OneSided):
     eps_follows_lr = True
 
     def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
-        """Differences from the clean loss, damped each before their mean."""
-        clean, *shifted = losses
-        slopes = [(loss - clean) / eps for loss in shifted]
+        """The slopes, damped each before their mean."""
+        slopes = self.slopes(losses, eps)
         return tuple(slope / max(1.0, abs(slope) ** 0.1) / len(slopes) for slope in slopes)
 
 

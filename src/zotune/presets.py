@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zotune.config import MethodConfig
+from zotune.config import AUTO, MethodConfig
 from zotune.errors import ConfigError, unknown
 from zotune.optimizer import Method
 
@@ -114,8 +114,11 @@ def get(name: str) -> Preset:
 def resolve(config: MethodConfig) -> Method:
     """The preset's method with the values that the configuration sets itself.
 
+    The learning rate is the preset's own where the configuration leaves it to be chosen; see `zotune.learning_rate`.
+
     Raises:
         ConfigError: The preset is unknown, or a value has no meaning for it.
     """
-    chosen = config.model_dump(exclude={"preset"}, exclude_none=True)
+    unset = {"preset", "lr"} if config.lr == AUTO else {"preset"}
+    chosen = config.model_dump(exclude=unset, exclude_none=True)
     return replace(get(config.preset).method, **chosen)

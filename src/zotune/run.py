@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune import tasks
-from zotune.config import Config, MethodConfig, dump, load
+from zotune.config import AUTO, Config, MethodConfig, dump, load
 from zotune.durable import replace
 from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Evaluation, Metrics
@@ -225,9 +225,13 @@ def versions() -> dict[str, str | None]:
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with the values of its preset and its task written out, and paths that hold from anywhere."""
+    """The configuration with the values of its preset and its task written out, and paths that hold from anywhere.
+
+    An automatic learning rate stays one: it is chosen when the run begins.
+    """
     method = resolve(config.method)
-    values = {name: getattr(method, name) for name in MethodConfig.model_fields if name != "preset"}
+    kept = {"preset", "lr"} if config.method.lr == AUTO else {"preset"}
+    values = {name: getattr(method, name) for name in MethodConfig.model_fields if name not in kept}
     data = config.data if config.data.task is None else tasks.get(config.data.task).complete(config.data)
     return config.model_copy(
         update={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from zotune.evaluate import Evaluation, evaluate
 from zotune.journal import Header, Journal
 from zotune.optimizer import Method, Optimizer
 from zotune.presets import resolve
+from zotune.protocol import Proposal
 from zotune.rows import Example
 from zotune.run import RunDirectory
 from zotune.runtimes.base import Runtime
@@ -73,6 +74,14 @@ class Session:
         """The examples of a step, and the checksum of their indices."""
         indices = self.order.indices(step)
         return [self.data.train[i] for i in indices], zlib.crc32(np.array(indices, dtype="<i8").tobytes())
+
+    def losses(self, proposal: Proposal, examples: Sequence[Example]) -> list[float]:
+        """The loss of every probe of a proposal on some examples, their mean in double precision."""
+        objective = self.data.objective
+        rows = [example.row for example in examples]
+        scores = self.runtime.score(proposal.probes, rows, normalised=objective.normalised)
+        means: list[float] = objective.losses(scores, examples).mean(axis=1, dtype=np.float64).tolist()
+        return means
 
     def evaluate(self) -> Evaluation:
         """Judge the weights as they are now on the validation rows."""

@@ -8,10 +8,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
-from zotune import stopping
+from zotune import learning_rate, stopping
 from zotune.config import Config
 from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun
 from zotune.evaluate import Metrics
@@ -72,10 +71,12 @@ def start(config: Config, reporter: Reporter | None = None, callbacks: Sequence[
     config = resolved(config)
     reporter = _together(config, reporter, callbacks)
     with closing(Session.build(config)) as session:
-        run = RunDirectory.create(config, session.header())
+        notices: list[str] = []
+        session = learning_rate.settled(session, notices.append)
+        run = RunDirectory.create(session.config, session.header())
         journal = Journal.open(run.journal)
         journal.claim()
-        return _train(session, run, journal, reporter)
+        return _train(session, run, journal, reporter, notices)
 
 
 def resume(
@@ -137,11 +138,7 @@ def take_step(session: Session, step: int, journal: Journal) -> Entry:
     """One step: score the probes, journal what follows from their losses, then apply it."""
     examples, checksum = session.batch(step)
     proposal = session.optimizer.ask(step)
-    objective = session.data.objective
-    scores = session.runtime.score(
-        proposal.probes, [example.row for example in examples], normalised=objective.normalised
-    )
-    losses = objective.losses(scores, examples).mean(axis=1, dtype=np.float64).tolist()
+    losses = session.losses(proposal, examples)
     try:
         update = session.optimizer.tell(proposal, losses)
     except NonFiniteLossError:

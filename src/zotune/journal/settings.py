@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from zotune.config import Config, load
+from zotune.config import AUTO, Config, load
 from zotune.errors import ConfigError
 from zotune.journal.records import CHANGEABLE, Change, Header, differences
 from zotune.presets import resolve
@@ -55,6 +55,8 @@ def changed(file: Path, header: Header, step: int, overrides: Sequence[str]) -> 
     """
     as_it_was = _assignments(header)
     before, after = load(file, as_it_was), load(file, [*as_it_was, *overrides])
+    if after.method.lr == AUTO:
+        raise ConfigError("method.lr = 'auto' is chosen when a run begins; from a later step on, give a number")
     found = {name: new for name, (_, new) in differences(header, configured(header, after)).items()}
     fixed = [name for name in _WHOLE_RUN if getattr(before, name) != getattr(after, name)]
     if before.method.preset != after.method.preset:

@@ -1,0 +1,90 @@
+"""The automatic learning rate: one that fits model, data and method, from a few probes before the first step.
+
+Polyak's step (1987, "Introduction to Optimization") goes ``L / |g|^2`` along the gradient, as if the whole loss could
+be had at once. What a step of ours gains on its own batch is known exactly to first order: with coefficients ``c_i``
+and slopes ``s_i = <g, D_i>`` it is ``lr sum_i c_i s_i``. Most of that is noise of one batch and one direction, so only
+a small share of Polyak's step can be taken again and again:
+
+    lr = SHARE * sqrt(q) * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
+
+This follows what the best learning rate depends on: the scale of the weights and of the loss, the rank and scale of a
+direction, the estimator. More directions are less noise, and with it the usual square root. SHARE was found by
+experiment; see docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import fmean
+
+from zotune.config import AUTO
+from zotune.errors import ConfigError
+from zotune.estimators import ESTIMATORS
+from zotune.optimizer import Optimizer
+from zotune.protocol import DirectionKey, Proposal
+from zotune.session import Session
+
+SHARE = 0.005
+"""Of its batch's loss, what a step with one direction may gain to first order."""
+
+DIRECTIONS = 32
+"""How many to probe. The mean of as many squared slopes is known to a quarter of itself, which is enough."""
+
+
+def settled(session: Session, notice: Callable[[str], None]) -> Session:
+    """The session with a learning rate, chosen now if its configuration leaves it open.
+
+    Args:
+        session: Before its first step.
+        notice: Told what was chosen.
+
+    Raises:
+        ConfigError: The losses of the probes say nothing.
+    """
+    config = session.config
+    if config.method.lr != AUTO:
+        return session
+    lr = automatic(session)
+    notice(f"learning rate {lr:g}, chosen by {DIRECTIONS} probes or more; method.lr = NUMBER sets another")
+    method = replace(session.optimizer.method, lr=lr)
+    chosen = config.model_copy(update={"method": config.method.model_copy(update={"lr": lr})})
+    return replace(session, config=chosen, optimizer=Optimizer(method, session.optimizer.steps))
+
+
+def automatic(session: Session) -> float:
+    """The learning rate for a session before its first step, rounded to two digits.
+
+    Args:
+        session: Probed on the batches and along the directions of its first steps; nothing of it changes.
+
+    Raises:
+        ConfigError: No loss is finite, or none changes along any direction.
+    """
+    method = session.optimizer.method
+    estimator = ESTIMATORS[method.estimator]
+    levels, gains = [], []
+    for step in range(-(-DIRECTIONS // method.directions)):
+        proposal = _in_first_window(session.optimizer.ask(step))
+        losses, eps = session.losses(proposal, session.batch(step)[0]), proposal.probes[-1].eps
+        if all(map(math.isfinite, losses)):
+            coefficients, slopes = estimator.coefficients(losses, eps), estimator.slopes(losses, eps)
+            levels.append(fmean(losses))
+            gains.append(math.fsum(c * s for c, s in zip(coefficients, slopes, strict=True)))
+    gain = fmean(gains) if gains else math.nan
+    if not 0 < gain < math.inf:
+        raise ConfigError(
+            f"method.lr = 'auto' finds nothing to go by: the losses of {DIRECTIONS} probes or more are not finite or "
+            "all equal. Set method.lr to a number, another method.eps, or model.dtype = 'float32'."
+        )
+    return float(f"{SHARE * math.sqrt(method.directions) * fmean(levels) / gain:.1e}")
+
+
+def _in_first_window(proposal: Proposal) -> Proposal:
+    """The same probes, as the model that has not moved yet may be asked for them."""
+    probes = tuple(
+        probe if probe.key is None else replace(probe, key=DirectionKey(0, probe.key.step, probe.key.index))
+        for probe in proposal.probes
+    )
+    return replace(proposal, window=0, probes=probes)
