@@ -10,8 +10,13 @@ from rich.console import Console
 
 from zotune.bench.results import Case, Result, Results
 from zotune.errors import ZotuneError, reason
+from zotune.progress import duration
 
 Figures = Mapping[str, Any]
+
+
+class TimeIsUp(Exception):
+    """Raised by what measures: the time is up within a case, which stays without a result."""
 
 
 def run(
@@ -36,7 +41,7 @@ def run(
         console: Told of every case in one line.
         cost: About how long a case takes compared with the others; the time left follows from it.
         retry: Measure again what failed.
-        minutes: Begin no case after so long.
+        minutes: Begin no case after so long; ``measure`` may raise `TimeIsUp` from one that takes longer.
 
     Returns:
         The results of those of ``cases`` that have one now.
@@ -46,13 +51,18 @@ def run(
         console.print(f"{len(cases) - len(missing)} of {len(cases)} cases are measured already")
     began, spent, left = time.monotonic(), 0.0, sum(map(cost, missing))
     for number, case in enumerate(missing, 1):
-        if time.monotonic() - began >= 60 * minutes:
+        try:
+            if time.monotonic() - began >= 60 * minutes:
+                raise TimeIsUp
+            result = results.add(case, _figures(measure, case))
+        except TimeIsUp:
             console.print(f"the time is up; {len(missing) - number + 1} cases are left: call again to go on")
             break
-        result = results.add(case, _figures(measure, case))
         spent, left = spent + cost(case), left - cost(case)
         seconds = (time.monotonic() - began) * left / spent
-        console.print(f"{number}/{len(missing)} {_line(result)}  {_clock(seconds)} left", highlight=False)
+        console.print(
+            f"{number}/{len(missing)} {_line(result)}  {duration(seconds)} left", highlight=False, soft_wrap=True
+        )
     found = [results.find(case) for case in cases]
     return [result for result in found if result is not None]
 
@@ -75,8 +85,3 @@ def _line(result: Result) -> str:
         return f"{named}: failed: {result.figures['error']}"
     shown = [f"{name} {value:.4g}" for name, value in result.figures.items() if isinstance(value, float)]
     return f"{named}: {', '.join(shown[:3])}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

@@ -24,7 +24,6 @@ from zotune.optimizer import Method
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import checkpoint_layout
 from zotune.runtimes.precision import product_dtype
-from zotune.testing.baselines.official import OfficialLozo
 
 RUNTIMES = ("torch", "vllm", "vllm-compiled")
 """What can be compared: the embedded runtime, and vLLM without and with its compiler."""
@@ -75,11 +74,11 @@ def runtimes(
         count = torch.get_num_threads()
         steppers = {name: _stepper(name, given, method, stack) for name in names}
         theirs = steps.prepare(**given)
-        official = OfficialLozo(theirs.model, lr=method.lr, eps=method.eps, rank=rank, interval=method.interval)
+        official = steps.official_of(theirs.model, method)
         sides: dict[str, Callable[[int], object]] = {name: each.step for name, each in steppers.items()}
         timing = _alternate(sides | {"official": lambda number: official.step(theirs.batch(number))}, steppers, repeats)
         batches = [theirs.batch(number) for number in range(1, repeats + 1)]
-        flops = mean(next(iter(steppers.values())).flops(batch, 2 * directions) for batch in batches)
+        flops = mean(next(iter(steppers.values())).flops(batch) for batch in batches)
         report = RuntimesReport(
             model=Path(model).name if model else "the demo's model",
             dtype=dtype,

@@ -92,12 +92,11 @@ def step(
         ours = prepare(model=model, data=data, dtype=dtype, batch_size=batch_size)
         theirs = prepare(model=model, data=data, dtype=baseline_dtype, batch_size=batch_size)
         stepper = Stepper(ours, method)
-        official = OfficialLozo(theirs.model, lr=method.lr, eps=method.eps, rank=rank, interval=method.interval)
+        official = official_of(theirs.model, method)
         timing = _alternate(stepper, lambda number: official.step(theirs.batch(number)), repeats)
         device = stepper.device
         product = product_dtype(getattr(torch, dtype), device.type)
         batches = [ours.batch(number) for number in range(1, repeats + 1)]
-        probes = 2 * directions
         report = StepReport(
             model=Path(model).name if model else "the demo's model",
             dtype=dtype,
@@ -112,9 +111,9 @@ def step(
             threads=torch.get_num_threads(),
             step_s=median(timing.ours) + timing.fold / method.interval,
             baseline_step_s=directions * median(timing.theirs),
-            tokens=round(mean(work.step_tokens(_rows(batch), probes) for batch in batches)),
+            tokens=round(mean(stepper.tokens(batch) for batch in batches)),
             baseline_tokens=round(directions * mean(work.padded_tokens(batch) for batch in batches)),
-            flops=mean(stepper.flops(batch, probes) for batch in batches),
+            flops=mean(stepper.flops(batch) for batch in batches),
             peak_flops_per_s=timing.peak,
             fold_s=timing.fold,
             phases=timing.phases | {"fold": timing.fold / method.interval},
@@ -137,6 +136,11 @@ def method_of(scope: str, rank: int, directions: int) -> Method:
     """The preset ``lozo`` with these values."""
     known = cast("Literal['linear', 'all']", scope)
     return replace(PRESETS["lozo"].method, scope=known, rank=rank, directions=directions)
+
+
+def official_of(model: Any, method: Method) -> OfficialLozo:
+    """The official procedure with the values of a method; it tunes every parameter, one direction a step."""
+    return OfficialLozo(model, lr=method.lr, eps=method.eps, rank=method.rank, interval=method.interval)
 
 
 def prepare(
@@ -210,19 +214,26 @@ class Stepper:
         setting: Model and batches.
         method: What to tune and how.
         runtime: Where; default: the embedded runtime.
+        device: Of the runtime; default: the model's.
+
+    Attributes:
+        window: The current one.
     """
 
-    def __init__(self, setting: Setting, method: Method, runtime: Timed | None = None) -> None:
+    def __init__(
+        self, setting: Setting, method: Method, runtime: Timed | None = None, device: torch.device | None = None
+    ) -> None:
         self.setting = setting
-        self.device = next(setting.model.parameters()).device
+        self.device = device or next(setting.model.parameters()).device
         self.objective = setting.dataset.objective
         self.runtime: Timed = runtime or EmbeddedRuntime(setting.model, method)
         self.optimizer = Optimizer(method, steps=method.interval)
+        self.window = 0
 
     def step(self, number: int) -> float:
         """One step on the batch of this number; gives the loss."""
-        batch = self.setting.batch(number)
-        proposal = self.optimizer.ask(number % self.optimizer.steps)
+        batch, interval = self.setting.batch(number), self.optimizer.method.interval
+        proposal = self.optimizer.ask(self.window * interval + number % interval)
         scores = self.runtime.score(proposal.probes, _rows(batch), normalised=self.objective.normalised)
         losses = self.objective.losses(scores, batch).mean(axis=1).tolist()
         update = self.optimizer.tell(proposal, losses)
@@ -232,12 +243,27 @@ class Stepper:
 
     def fold(self) -> None:
         """Close the window."""
-        self.runtime.apply(Update(self.optimizer.steps - 1, 0, (), 0.0, closes_window=True))
+        last = (self.window + 1) * self.optimizer.method.interval - 1
+        self.runtime.apply(Update(last, self.window, (), 0.0, closes_window=True))
+        self.window += 1
 
-    def flops(self, batch: Sequence[Example], probes: int) -> float:
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds that the runtime spent so far, by phase."""
+        return dict(self.runtime.timings)
+
+    def tokens(self, batch: Sequence[Example]) -> int:
+        """Tokens that a step on this batch computes, all probes counted."""
+        return work.step_tokens(_rows(batch), self._probes)
+
+    def flops(self, batch: Sequence[Example]) -> float:
         """See `zotune.bench.work.step_flops`."""
         normalised = self.objective.normalised
-        return work.step_flops(self.setting.model, _rows(batch), probes, normalised=normalised)
+        return work.step_flops(self.setting.model, _rows(batch), self._probes, normalised=normalised)
+
+    @property
+    def _probes(self) -> int:
+        return len(self.optimizer.ask(0).probes)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""Cases measured in processes of their own, which give all memory back, and whose death is one failed case."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from zotune.bench.cases import Figures, TimeIsUp
+from zotune.bench.results import Case
+from zotune.errors import ZotuneError, reason
+
+T = TypeVar("T")
+
+GRACE = 60.0
+"""Seconds that a case may overrun the time budget before its process is ended."""
+
+
+class Apart(Generic[T]):
+    """Gives the figures of cases, as `zotune.bench.cases.run` asks for them.
+
+    Cases that lie side by side and differ in nothing but their batch size share a process and what it has got ready.
+
+    Args:
+        start: Gets ready for such cases; told the first of them. It runs in the process, so it must be picklable.
+        measure: Gives a case's figures with what ``start`` gave; picklable, too.
+        minutes: A case that still runs `GRACE` after so many minutes from now is ended.
+    """
+
+    def __init__(
+        self, start: Callable[[Case], T], measure: Callable[[T, Case], Figures], minutes: float = float("inf")
+    ) -> None:
+        self._start, self._measure = start, measure
+        self._until = time.monotonic() + 60 * minutes + GRACE
+        self._process: Any = None
+        self._shared: Case | None = None
+
+    def __enter__(self) -> Apart[T]:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def measure(self, case: Case) -> Figures:
+        """The figures of a case.
+
+        Raises:
+            ZotuneError: It failed, or its process died; what it printed went to stderr.
+            TimeIsUp: The time is up.
+        """
+        shared = {name: value for name, value in case.items() if name != "batch_size"}
+        if self._process is None or shared != self._shared:
+            self.close()
+            self._open()
+            self._shared = shared
+        self._ours.send(case)
+        left = max(0.0, self._until - time.monotonic())
+        if not self._ours.poll(None if left == float("inf") else left):
+            self.close()
+            raise TimeIsUp
+        try:
+            figures, failure = self._ours.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            self.close()
+            raise ZotuneError(f"its process ended with exit code {code}") from None
+        if failure is not None:
+            raise ZotuneError(failure)
+        return figures  # type: ignore[no-any-return]
+
+    def _open(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._start, self._measure))
+        self._process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        """End the process, and what it has started."""
+        if self._process is None:
+            return
+        self._ours.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
+        self._process = None
+
+
+def _serve(theirs: Connection, start: Callable[[Case], T], measure: Callable[[T, Case], Figures]) -> None:
+    """The process: take a case, give its figures or say why there are none, and so on."""
+    # A group of its own, so that what an engine has started can be ended with it, and Ctrl-C is the parent's to heed.
+    os.setsid()
+    case = theirs.recv()
+    ready, failure = _tried(partial(start, case))
+    # Until the parent is gone.
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            theirs.send(_tried(partial(measure, ready, case)) if failure is None else (None, failure))
+            case = theirs.recv()
+
+
+def _tried(act: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What ``act`` gives, or why it gives nothing."""
+    try:
+        return act(), None
+    except (ZotuneError, RuntimeError, MemoryError) as error:
+        why = reason(error)
+    # Whatever an engine raises, and a mistake in the benchmark: the trace tells them apart.
+    except Exception as error:
+        traceback.print_exc()
+        why = f"{type(error).__name__}: {reason(error)}"
+    # Most likely memory, which a smaller batch may still have enough of.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None, why

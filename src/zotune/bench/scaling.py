@@ -1,0 +1,105 @@
+"""``zotune bench scaling``: how long a step takes for models, batches and methods of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from rich.console import Console
+
+from zotune.bench import cases, memory, plan, shapes, sides, work
+from zotune.bench.apart import Apart
+from zotune.bench.plan import Plan
+from zotune.bench.results import Case, Result, Results
+from zotune.bench.steps import seconds
+from zotune.runtimes.precision import product_dtype
+
+KIND = "scaling"
+
+_WARM_UP = {"cpu": 1, "cuda": 3}
+_FOLDS = 3
+
+
+def scaling(
+    wanted: Plan,
+    folder: Path,
+    *,
+    repeats: int = 10,
+    minutes: float = float("inf"),
+    retry: bool = False,
+    console: Console | None = None,
+) -> list[Result]:
+    """Time whole steps (ask, score, losses, tell, apply) of every case that has no result in the folder yet.
+
+    Models have random weights, rows random tokens and SST-2's lengths. A case that fails is a result, too.
+
+    Args:
+        wanted: The cases.
+        folder: Where results are and go.
+        repeats: Steps to time of each case.
+        minutes: Begin no case after so long, and end what runs a minute longer.
+        retry: Measure again what failed.
+        console: Told of every case; default: the terminal.
+
+    Returns:
+        The results of the cases that have one now.
+
+    Raises:
+        DataError: A result in the folder is damaged.
+    """
+    found = wanted.cases()
+    start = partial(sides.start, batches=wanted.batches)
+    with Apart(start, partial(measure, repeats=repeats), minutes) as apart:
+        return cases.run(
+            Results(folder, KIND),
+            found,
+            apart.measure,
+            console=console or Console(),
+            cost=plan.cost,
+            retry=retry,
+            minutes=minutes,
+        )
+
+
+def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
+    """The figures of a case.
+
+    Returns:
+        ``step_s``: Median of a whole step, with a 1/interval share of the fold. ``best_s``, ``worst_s``: Of the steps,
+        without it. ``fold_s``: A fold, whole. ``phases_s``: Mean seconds by the runtime's own clock, which is the
+        host's: on a GPU a phase's time shows where the host first waits. ``tokens``: Computed by a step, all probes, and
+        the official procedure's padding, counted. ``length``: Mean tokens of a row. ``flops``: Of the model in zotune's
+        step on these rows. ``peak_flops_per_s``: Best matrix product, measured right after the steps. ``peak_bytes``: Of
+        this process since the model was loaded, or of the GPU's allocator. ``parameters``, ``startup_s``, ``repeats``.
+    """
+    taken, device = side.steps, side.steps.device
+    taken.setting = replace(taken.setting, batch_size=case["batch_size"])
+    memory.forget_peak(device)
+    first = _WARM_UP[device.type]
+    for number in range(first):
+        taken.step(number)
+    before = taken.timings
+    spent = [seconds(partial(taken.step, number), device) for number in range(first, first + repeats)]
+    phases = {name: (value - before[name]) / repeats for name, value in taken.timings.items()}
+    fold = median(seconds(taken.fold, device) for _ in range(_FOLDS))
+    batches = [taken.setting.batch(number) for number in range(first, first + repeats)]
+    tokens = mean(sum(example.row.n_tokens for example in batch) for batch in batches)
+    return {
+        "step_s": median(spent) + fold / side.method.interval,
+        "best_s": min(spent),
+        "worst_s": max(spent),
+        "fold_s": fold,
+        "phases_s": phases,
+        "tokens": mean(map(taken.tokens, batches)),
+        "length": tokens / case["batch_size"],
+        "flops": mean(map(taken.flops, batches)),
+        "parameters": shapes.parameters(case["model"]),
+        "peak_flops_per_s": work.matmul_peak(product_dtype(taken.setting.model.dtype, device.type), device),
+        "peak_bytes": memory.peak_bytes(device),
+        "startup_s": side.startup_s,
+        "repeats": repeats,
+    }
