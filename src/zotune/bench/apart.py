@@ -29,18 +29,23 @@ GRACE = 60.0
 class Apart(Generic[T]):
     """Gives the figures of cases, as `zotune.bench.cases.run` asks for them.
 
-    Cases that lie side by side and differ in nothing but their batch size share a process and what it has got ready.
-
     Args:
-        start: Gets ready for such cases; told the first of them. It runs in the process, so it must be picklable.
+        start: Gets ready for a case. It runs in the process, so it must be picklable.
         measure: Gives a case's figures with what ``start`` gave; picklable, too.
         minutes: A case that still runs `GRACE` after so many minutes from now is ended.
+        alone: Whether every case has a process. If not, cases that lie side by side and differ in nothing but their
+            batch size share one, and what it has got ready.
     """
 
     def __init__(
-        self, start: Callable[[Case], T], measure: Callable[[T, Case], Figures], minutes: float = float("inf")
+        self,
+        start: Callable[[Case], T],
+        measure: Callable[[T, Case], Figures],
+        minutes: float = float("inf"),
+        *,
+        alone: bool = False,
     ) -> None:
-        self._start, self._measure = start, measure
+        self._start, self._measure, self._alone = start, measure, alone
         self._until = time.monotonic() + 60 * minutes + GRACE
         self._process: Any = None
         self._shared: Case | None = None
@@ -59,7 +64,7 @@ class Apart(Generic[T]):
             TimeIsUp: The time is up.
         """
         shared = {name: value for name, value in case.items() if name != "batch_size"}
-        if self._process is None or shared != self._shared:
+        if self._process is None or self._alone or shared != self._shared:
             self.close()
             self._open()
             self._shared = shared
@@ -77,7 +82,7 @@ class Apart(Generic[T]):
             raise ZotuneError(f"its process ended with exit code {code}") from None
         if failure is not None:
             raise ZotuneError(failure)
-        return figures  # type: ignore[no-any-return]
+        return figures
 
     def _open(self) -> None:
         context = multiprocessing.get_context("spawn")

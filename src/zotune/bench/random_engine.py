@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
@@ -75,12 +76,20 @@ def start(network: PreTrainedModel, method: Method, works: Sequence[Work], *, co
         llm, processes = Lifeline.around(begin)
     runtime = EngineRuntime(llm, layout, "random weights", _no_twin, processes)
     try:
+        # vLLM draws gains near zero, with which most layers would change nothing that can be seen.
+        llm.apply_model(_set_gains)
         # No names, so no weights are compared.
         handshake.check(runtime, {}, network)
     except BaseException:
         runtime.close()
         raise
     return runtime
+
+
+def _set_gains(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and name.endswith("weight"):
+            parameter.data.fill_(1.0)
 
 
 def _no_twin() -> EmbeddedRuntime:

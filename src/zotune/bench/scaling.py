@@ -69,12 +69,15 @@ def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
     """The figures of a case.
 
     Returns:
-        ``step_s``: Median of a whole step, with a 1/interval share of the fold. ``best_s``, ``worst_s``: Of the steps,
-        without it. ``fold_s``: A fold, whole. ``phases_s``: Mean seconds by the runtime's own clock, which is the
-        host's: on a GPU a phase's time shows where the host first waits. ``tokens``: Computed by a step, all probes, and
-        the official procedure's padding, counted. ``length``: Mean tokens of a row. ``flops``: Of the model in zotune's
-        step on these rows. ``peak_flops_per_s``: Best matrix product, measured right after the steps. ``peak_bytes``: Of
-        this process since the model was loaded, or of the GPU's allocator. ``parameters``, ``startup_s``, ``repeats``.
+        * ``step_s``: median of a whole step, with a 1/interval share of the fold; ``best_s``, ``worst_s``: without it;
+        * ``fold_s``: a fold, whole;
+        * ``phases_s``: mean seconds by the runtime's own clock; a GPU's time counts where the host first waits for it;
+        * ``tokens``: computed by a step, with all probes, and with the official procedure's padding;
+        * ``length``: mean tokens of a row;
+        * ``flops``: of the model in zotune's step on these rows, also where the official procedure takes more;
+        * ``peak_flops_per_s``: best matrix product, measured right after the steps;
+        * ``peak_bytes``: of the process while it stepped, or of the GPU's allocator;
+        * ``parameters``, ``startup_s``, ``repeats``.
     """
     taken, device = side.steps, side.steps.device
     taken.setting = replace(taken.setting, batch_size=case["batch_size"])
