@@ -28,8 +28,11 @@ lint: $(VENV)/dev.stamp ## check style and formatting
 types: $(VENV)/dev.stamp ## check types
 	$(BIN)/mypy
 
-bench: $(VENV)/demo.stamp ## time a step against the official procedure
-	$(BIN)/zotune bench step
+bench: $(VENV)/demo.stamp ## reproduce the headline, a small sweep and a step's phases: minutes; results in bench-results
+	$(BIN)/zotune bench step --memory --out bench-results
+	$(BIN)/zotune bench scaling --models opt-125m --batches 4,8,16,32 --repeats 5 --minutes 8 --out bench-results
+	$(BIN)/zotune bench overhead --models opt-125m --repeats 10 --minutes 2 --out bench-results
+	$(BIN)/zotune bench report bench-results
 
 setup: $(VENV)/dev.stamp ## create .venv with all that development needs
 

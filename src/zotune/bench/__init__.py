@@ -1,15 +1,19 @@
-"""``zotune bench``: whole steps against the official LOZO procedure, in one run, on this machine.
+"""``zotune bench``: zotune's steps against the official LOZO procedure, on this machine.
 
-The sides take turns (A B A B), so that whatever slows the machine down slows all. They have the same model, batches,
-rank and probe distance; each runs as it would in use: zotune packs, the official procedure pads.
+`step` and `runtimes` compare them in one run: the sides take turns (A B A B), so that whatever slows the machine down
+slows all, with the same model, batches, rank and probe distance. `scaling` and `overhead` measure case after case, each
+in a process that gives its memory back, and keep every result; `zotune.bench.report` shows what has been kept.
 """
 
 from __future__ import annotations
 
 from zotune.bench.memory import MemoryReport
+from zotune.bench.overhead import overhead
+from zotune.bench.plan import Plan
 from zotune.bench.runtimes import runtimes
 from zotune.bench.runtimes_report import RuntimesReport
+from zotune.bench.scaling import scaling
 from zotune.bench.step_report import StepReport
 from zotune.bench.steps import step
 
-__all__ = ["MemoryReport", "RuntimesReport", "StepReport", "runtimes", "step"]
+__all__ = ["MemoryReport", "Plan", "RuntimesReport", "StepReport", "overhead", "runtimes", "scaling", "step"]

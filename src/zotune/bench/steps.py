@@ -51,7 +51,7 @@ class Setting:
 def step(
     *,
     model: str | None = None,
-    data: Path | None = None,
+    data: Path | str | None = None,
     dtype: str = "auto",
     baseline_dtype: str | None = None,
     batch_size: int = 16,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zotune.cli.program import app
+from zotune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zotune.bench import Plan
 
 bench_app = typer.Typer(help="Time zotune against the published procedure.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
@@ -28,3 +32,47 @@ Scope = Annotated[str, typer.Option(help="linear: weights of linear layers; all:
 Directions = Annotated[int, typer.Option(min=1, help="Two-point directions per step.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Steps to time of each, alternating.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's.")]
+
+RESULTS = Path("bench-results")
+
+Models = Annotated[
+    str, typer.Option(help="Shapes like opt-13b, llama-3.2-1b, qwen3-4b, with commas; an unknown one lists them all.")
+]
+Batches = Annotated[str, typer.Option(help="Examples per step, numbers with commas.")]
+DirectionCounts = Annotated[str, typer.Option("--directions", help="Two-point directions per step, with commas.")]
+Ranks = Annotated[str, typer.Option(help="Ranks of a direction, with commas.")]
+Scopes = Annotated[str, typer.Option(help="linear, all, with commas.")]
+Out = Annotated[Path, typer.Option(help="Folder of results; what is there already is not measured again.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Begin no case after so long; call again to go on.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Measure again what failed.")]
+
+
+def words(text: str) -> list[str]:
+    """The names in a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def plan(*, dtype: str, threads: int | None, **lists: str) -> Plan:
+    """The plan of a long benchmark.
+
+    Args:
+        dtype: See `zotune.bench.Plan`.
+        threads: See there.
+        lists: The rest of it, each with commas.
+
+    Raises:
+        ConfigError: What should be numbers is not, or as for the plan.
+    """
+    from zotune import bench
+
+    counts = {name: _numbers(lists.pop(name), f"--{name}") for name in ("batches", "directions", "ranks")}
+    names = {name: words(text) for name, text in lists.items()}
+    values: dict[str, Any] = {**names, **counts}
+    return bench.Plan(**values, dtype=dtype, threads=threads)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(word) for word in words(text)]
+    except ValueError:
+        raise ConfigError(f"{option}: got {text!r}; give whole numbers with commas between them") from None

@@ -18,6 +18,7 @@ from zotune.cli.benching.program import (
     Scope,
     Threads,
     bench_app,
+    words,
 )
 from zotune.cli.program import AsJson, print_json
 
@@ -42,7 +43,7 @@ def bench_runtimes(
     from zotune import bench
 
     report = bench.runtimes(
-        [name.strip() for name in runtimes.split(",")],
+        words(runtimes),
         model=model,
         data=data,
         dtype=dtype,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +20,7 @@ from zotune.cli.benching.program import (
     Threads,
     bench_app,
 )
-from zotune.cli.program import AsJson, print_json
+from zotune.cli.program import AsJson, command_line, print_json
 
 
 @bench_app.command("step")
@@ -37,24 +38,35 @@ def bench_step(
     repeats: Repeats = 10,
     threads: Threads = None,
     memory: Annotated[bool, typer.Option("--memory", help="Also compare peak memory with bare inference.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the result in this folder; what is there already is not measured again.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time a whole training step against the official LOZO procedure on the same model, data and machine."""
     from zotune import bench
+    from zotune.bench.results import Results
 
-    report = bench.step(
-        model=model,
-        data=data,
-        dtype=dtype,
-        baseline_dtype=baseline_dtype,
-        batch_size=batch_size,
-        rank=rank,
-        scope=scope,
-        directions=directions,
-        repeats=repeats,
-        threads=threads,
-        memory=memory,
-    )
+    settings: dict[str, Any] = {
+        "model": model,
+        "data": None if data is None else str(data),
+        "dtype": dtype,
+        "baseline_dtype": baseline_dtype,
+        "batch_size": batch_size,
+        "rank": rank,
+        "scope": scope,
+        "directions": directions,
+        "repeats": repeats,
+        "threads": threads,
+        "memory": memory,
+    }
+    kept = None if out is None else Results(out, "step")
+    if kept is not None and kept.find(settings) is not None:
+        typer.echo(f"measured already; {command_line('bench', 'report', kept.folder)} shows it", err=True)
+        return
+    report = bench.step(**settings)
+    if kept is not None:
+        kept.add(settings, report.to_json())
     if as_json:
         print_json(report.to_json())
     else:
