@@ -71,9 +71,12 @@ def test_a_case_that_overruns_is_ended_with_what_it_has_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted, clock = tmp_path / "pid", time.monotonic
+    began = clock()
     with Apart(start, measure, minutes=60) as processes:
         processes.measure(case(1, str(noted)))
-        monkeypatch.setattr(time, "monotonic", lambda: clock() + 3600 + apart.GRACE - 5)
+        # Of which five seconds are left.
+        ahead = began + 3600 + apart.GRACE - 5 - clock()
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead)
         with pytest.raises(TimeIsUp):
             processes.measure(case(15, str(noted)))
     child = int(noted.read_text())

@@ -28,9 +28,7 @@ def test_cases_that_differ_in_their_batch_alone_lie_side_by_side() -> None:
     shared = [{name: value for name, value in case.items() if name != "batch_size"} for case in cases]
     assert all(one == two for one, two in zip(shared[::2], shared[1::2], strict=True))
     assert all(one != two for one, two in zip(shared[1::2], shared[2::2], strict=False))
-    assert [case["runtime"] for case in cases[:2]] == ["official", "official"], (
-        "it is what the others are compared with"
-    )
+    assert [case["runtime"] for case in cases[:2]] == ["official", "official"], "the others are compared with it"
 
 
 @pytest.mark.parametrize(
