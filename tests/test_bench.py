@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from zotune import bench
+from zotune import bench, cli
 from zotune.bench import memory, work
 from zotune.errors import ConfigError, DataError, ZotuneError
 from zotune.rows import Candidate, Example, Row
@@ -67,6 +68,20 @@ def test_more_directions_are_compared_with_as_many_official_steps(model: str, da
     )
     assert three.tokens == 3 * one.tokens
     assert three.baseline_tokens == 3 * one.baseline_tokens
+
+
+def test_a_kept_comparison_is_not_measured_again_and_stands_in_the_report(
+    model: str, data: Path, tmp_path: Path
+) -> None:
+    words = ["bench", "step", "--model", model, "--data", str(data), "--dtype", "float32", "--batch-size", "2"]
+    words += ["--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    first = CliRunner().invoke(cli.app, [*words, "--json"])
+    assert first.exit_code == 0, first.output
+    second = CliRunner().invoke(cli.app, words)
+    assert "measured already" in second.output
+    shown = CliRunner().invoke(cli.app, ["bench", "report", str(tmp_path)]).output
+    line = json.loads(first.stdout)
+    assert f"| {line['step_s']:.3f} | {line['baseline_step_s']:.3f} | {line['ratio']:.2f} |" in shown
 
 
 def test_memory_counts_what_each_process_needs(model: str, data: Path) -> None:

