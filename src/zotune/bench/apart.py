@@ -15,9 +15,12 @@ from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
 import torch
+from rich.console import Console
 
+from zotune.bench import cases
 from zotune.bench.cases import Figures, TimeIsUp
-from zotune.bench.results import Case
+from zotune.bench.plan import Plan, cost
+from zotune.bench.results import Case, Result, Results
 from zotune.errors import ZotuneError, reason
 
 T = TypeVar("T")
@@ -68,14 +71,14 @@ class Apart(Generic[T]):
             self.close()
             self._open()
             self._shared = shared
-        self._ours.send(case)
         left = max(0.0, self._until - time.monotonic())
-        if not self._ours.poll(None if left == float("inf") else left):
-            self.close()
-            raise TimeIsUp
         try:
+            self._ours.send(case)
+            if not self._ours.poll(None if left == float("inf") else left):
+                self.close()
+                raise TimeIsUp
             figures, failure = self._ours.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
             self.close()
@@ -101,6 +104,30 @@ class Apart(Generic[T]):
         self._process.kill()
         self._process.join()
         self._process = None
+
+
+def run(
+    results: Results,
+    wanted: Plan,
+    start: Callable[[Case], T],
+    measure: Callable[[T, Case], Figures],
+    *,
+    alone: bool = False,
+    minutes: float,
+    retry: bool,
+    console: Console | None,
+) -> list[Result]:
+    """What a plan has no results of yet, each apart; see `Apart` and `zotune.bench.cases.run`."""
+    with Apart(start, measure, minutes, alone=alone) as processes:
+        return cases.run(
+            results,
+            wanted.cases(),
+            processes.measure,
+            console=console or Console(),
+            cost=cost,
+            retry=retry,
+            minutes=minutes,
+        )
 
 
 def _serve(theirs: Connection, start: Callable[[Case], T], measure: Callable[[T, Case], Figures]) -> None:

@@ -6,7 +6,8 @@ What is timed is `zotune.train.take_step` itself, on a real journal in a tempora
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -14,10 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
+import torch
 from rich.console import Console
 
-from zotune.bench import cases, plan, sides
-from zotune.bench.apart import Apart
+from zotune.bench import apart, sides, work
 from zotune.bench.clocks import ModelClock, Spent, Timed
 from zotune.bench.plan import Plan
 from zotune.bench.results import Case, Result, Results
@@ -71,17 +72,10 @@ def overhead(
     """
     if OFFICIAL in wanted.runtimes:
         raise ConfigError("the official procedure is one loop without such parts; leave official out of --runtimes")
+    act = partial(measure, repeats=repeats)
     # A process each, because a fold leaves the window that a new journal begins with.
-    with Apart(_start, partial(measure, repeats=repeats), minutes, alone=True) as apart:
-        return cases.run(
-            Results(folder, KIND),
-            wanted.cases(),
-            apart.measure,
-            console=console or Console(),
-            cost=plan.cost,
-            retry=retry,
-            minutes=minutes,
-        )
+    results = Results(folder, KIND)
+    return apart.run(results, wanted, _start, act, alone=True, minutes=minutes, retry=retry, console=console)
 
 
 def _start(case: Case) -> sides.Side:
@@ -127,7 +121,7 @@ def split(stepper: Stepper, repeats: int, *, waits: bool) -> tuple[float, dict[s
     Args:
         stepper: In its first window.
         repeats: Steps to take, after three that are not timed.
-        waits: Whether to wait for a GPU between the phases of the embedded runtime.
+        waits: Whether to wait for a GPU after a step, and between the phases of the embedded runtime.
     """
     clock, spent = ModelClock(stepper.setting.model, stepper.device, waits=waits), Spent()
     with ExitStack() as stack:
@@ -141,10 +135,18 @@ def split(stepper: Stepper, repeats: int, *, waits: bool) -> tuple[float, dict[s
         spent.seconds.clear()
         before = stepper.timings
         with clock:
-            total = sum(seconds(partial(step, _WARM_UP + number), stepper.device) for number in range(repeats))
+            taken = seconds if waits else _seconds_of_the_host
+            total = sum(taken(partial(step, _WARM_UP + number), stepper.device) for number in range(repeats))
         runtime = {name: value - before[name] for name, value in stepper.timings.items()}
     phases = _phases(total, spent.seconds, runtime, clock)
     return total / repeats, {name: value / repeats for name, value in phases.items()}
+
+
+def _seconds_of_the_host(act: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes that begins with the device at rest and may leave it at work."""
+    start = work.clock(device)
+    act()
+    return time.perf_counter() - start
 
 
 def _phases(

@@ -11,8 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from zotune.bench import cases, memory, plan, shapes, sides, work
-from zotune.bench.apart import Apart
+from zotune.bench import apart, memory, shapes, sides, work
 from zotune.bench.plan import Plan
 from zotune.bench.results import Case, Result, Results
 from zotune.bench.steps import seconds
@@ -51,18 +50,8 @@ def scaling(
     Raises:
         DataError: A result in the folder is damaged.
     """
-    found = wanted.cases()
-    start = partial(sides.start, batches=wanted.batches)
-    with Apart(start, partial(measure, repeats=repeats), minutes) as apart:
-        return cases.run(
-            Results(folder, KIND),
-            found,
-            apart.measure,
-            console=console or Console(),
-            cost=plan.cost,
-            retry=retry,
-            minutes=minutes,
-        )
+    start, act = partial(sides.start, batches=wanted.batches), partial(measure, repeats=repeats)
+    return apart.run(Results(folder, KIND), wanted, start, act, minutes=minutes, retry=retry, console=console)
 
 
 def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
