@@ -81,8 +81,3 @@ def test_a_case_that_overruns_is_ended_with_what_it_has_started(
             processes.measure(case(15, str(noted)))
     child = int(noted.read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
-
-
-def test_alone_every_case_has_a_process() -> None:
-    with Apart(start, measure, alone=True) as processes:
-        assert len({processes.measure(case(batch))["pid"] for batch in (1, 1)}) == 2

@@ -112,11 +112,11 @@ def host_seconds(stepper: Stepper, repeats: int) -> float:
     head, which ends in waiting, is left out whole.
     """
     step_s, phases = split(stepper, repeats, waits=False)
-    return step_s - (phases["reading"] or phases["head"])
+    return step_s - phases["waiting"]
 
 
 def split(stepper: Stepper, repeats: int, *, waits: bool) -> tuple[float, dict[str, float]]:
-    """Mean seconds of a step without its fold, and of its phases; ``reading`` is the end of the phase ``forward``.
+    """Mean seconds of a step without its fold, and of its phases; ``waiting`` is part of them.
 
     Args:
         stepper: In its first window.
@@ -158,7 +158,7 @@ def _phases(
         total: Of all steps.
         spent: In calls of the runtime, the objective and the journal.
         runtime: By the runtime's own phases.
-        clock: Of the model's forwards; at zero for an engine, which has a phase ``head`` of its own.
+        clock: Of the model's forwards; it sees none of an engine's, which has a phase ``head`` of its own.
     """
     found = {
         "draw": runtime["draw"] + clock.before,
@@ -171,9 +171,10 @@ def _phases(
         "journal": spent["journal"],
     }
     found["other"] = total - sum(found.values())
-    # The embedded runtime reads the scores within its phase ``forward``, and an engine within its head.
-    launched = clock.before + clock.body + clock.head
-    return found | {"reading": runtime["forward"] - launched if launched else 0.0}
+    if clock.forwards:
+        # The scores are read within the phase.
+        return found | {"waiting": runtime["forward"] - clock.before - clock.body - clock.head}
+    return found | {"waiting": runtime["head"]}
 
 
 def _session(stepper: Stepper, spent: Spent) -> Session:
