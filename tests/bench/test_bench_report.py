@@ -109,6 +109,8 @@ def test_the_command_prints_and_writes_tables_and_pictures(tmp_path: Path) -> No
     assert pictures == {"scaling-1.png", "overhead.png"}
     assert all(f"]({name})" in done.output for name in pictures)
     assert not list(folder.glob("*.png"))
+    line = CliRunner().invoke(cli.app, ["bench", "report", str(folder), "--json"]).stdout
+    assert Path(json.loads(line)["report"]).read_text() in done.output
 
 
 def test_a_folder_without_results_is_a_users_mistake(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,9 @@ def test_the_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     kept = replace(found[0], figures={**found[0].figures, "step_s": 1234.5})
     Results(tmp_path, "scaling").add(kept.case, kept.figures)
-    again = CliRunner().invoke(cli.app, words)
-    assert "2 of 2 cases are measured already" in again.output
-    assert 1234.5 in {result.figures["step_s"] for result in every(tmp_path)}
+    again = CliRunner().invoke(cli.app, [*words, "--json"])
+    assert "2 of 2 cases are measured already" in again.stderr
+    assert 1234.5 in {result["figures"]["step_s"] for result in json.loads(again.stdout)["results"]}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from zotune.cli.benching.program import (
     bench_app,
     plan,
 )
+from zotune.cli.program import AsJson, print_json
 
 
 @bench_app.command("overhead")
@@ -40,6 +41,7 @@ def bench_overhead(
     minutes: Minutes = math.inf,
     retry: Retry = False,
     out: Out = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Split a step of training into its phases: drawing, packing, forward, head, loss, call, update, fold, journal.
 
@@ -57,4 +59,7 @@ def bench_overhead(
         dtype=dtype,
         threads=threads,
     )
-    bench.overhead(wanted, out, repeats=repeats, minutes=minutes, retry=retry, console=Console())
+    console = Console(stderr=as_json)
+    results = bench.overhead(wanted, out, repeats=repeats, minutes=minutes, retry=retry, console=console)
+    if as_json:
+        print_json({"results": [vars(result) for result in results]})

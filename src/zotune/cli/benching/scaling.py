@@ -24,6 +24,7 @@ from zotune.cli.benching.program import (
     bench_app,
     plan,
 )
+from zotune.cli.program import AsJson, print_json
 
 
 @bench_app.command("scaling")
@@ -42,6 +43,7 @@ def bench_scaling(
     minutes: Minutes = math.inf,
     retry: Retry = False,
     out: Out = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Time steps of models, batches, directions, ranks, scopes and runtimes: every combination, resumable.
 
@@ -60,4 +62,7 @@ def bench_scaling(
         dtype=dtype,
         threads=threads,
     )
-    bench.scaling(wanted, out, repeats=repeats, minutes=minutes, retry=retry, console=Console())
+    console = Console(stderr=as_json)
+    results = bench.scaling(wanted, out, repeats=repeats, minutes=minutes, retry=retry, console=console)
+    if as_json:
+        print_json({"results": [vars(result) for result in results]})
