@@ -37,8 +37,8 @@ EPS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a report is to hold.
+class Comparison:
+    """What is to be compared.
 
     Attributes:
         models: Of `zotune.bench.parity_sides.DEMO`, tiny families, hub ids and folders.
@@ -135,7 +135,7 @@ class Plan:
 
 
 def parity(
-    plan: Plan,
+    comparison: Comparison,
     folder: Path,
     *,
     console: Console,
@@ -143,10 +143,10 @@ def parity(
     minutes: float = float("inf"),
     retry: bool = False,
 ) -> list[Result]:
-    """Measure a plan's cases that have no result yet.
+    """Measure those cases of a comparison that have no result yet.
 
     Args:
-        plan: What to compare.
+        comparison: What to compare.
         folder: Where results are and go.
         console: Told of every case in one line.
         threads: CPU threads.
@@ -154,18 +154,18 @@ def parity(
         retry: Measure again what failed.
 
     Raises:
-        ConfigError: See `Plan.check`.
+        ConfigError: See `Comparison.check`.
     """
-    plan.check()
+    comparison.check()
 
     def measure(case: Case) -> Mapping[str, Any]:
         if case["what"] == "trajectory":
-            return _trajectory(case, plan.data)
-        return (_slopes if case["runtime"] == "autograd" else _probes)(case, plan.data)
+            return _trajectory(case, comparison.data)
+        return (_slopes if case["runtime"] == "autograd" else _probes)(case, comparison.data)
 
     with steps.threads_set(threads):
         results = Results(folder, "parity")
-        return cases.run(results, plan.cases(), measure, console=console, minutes=minutes, retry=retry)
+        return cases.run(results, comparison.cases(), measure, console=console, minutes=minutes, retry=retry)
 
 
 def _method(case: Case, preset: str = "lozo") -> Method:

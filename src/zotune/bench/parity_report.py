@@ -67,17 +67,22 @@ _Group = Mapping[Any, Mapping[str, Any]]
 def _grouped(results: Iterable[Result], what: str, *apart: str) -> Iterator[tuple[str, _Group]]:
     """Results that differ in nothing but side and in ``apart``, under what they share.
 
-    Each group has the figures by side, or by side and the values of ``apart``.
+    Each group has the figures by side, or by side and the values of ``apart``. Of two results that differ only in how
+    many probes there were, the longer one counts: it begins with the other.
     """
-    own = {field.name for field in fields(Side)}
+    left_out = {field.name for field in fields(Side)} | {"what", "probes", *apart}
     groups: dict[str, dict[Any, Mapping[str, Any]]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result.case.get("probes", 0)):
         if result.case["what"] == what:
-            shared = {k: v for k, v in result.case.items() if k not in own | {"what", *apart} and v is not None}
+            shared = {k: v for k, v in result.case.items() if k not in left_out and v is not None}
             side, rest = Side.of(result.case), tuple(result.case[name] for name in apart)
             groups.setdefault(json.dumps(shared), {})[(side, *rest) if apart else side] = result.figures
-    for text, group in groups.items():
+    for text, group in sorted(groups.items()):
         yield ", ".join(f"{name} {value}" for name, value in json.loads(text).items()), group
+
+
+def _order(side: Side) -> tuple[Any, ...]:
+    return side.runtime, side.dtype != "float32", side.dtype
 
 
 def _references(side: Side, known: Iterable[Side]) -> list[Side]:
@@ -87,7 +92,7 @@ def _references(side: Side, known: Iterable[Side]) -> list[Side]:
 
 
 def _agreements(sides: _Group) -> Iterator[Row]:
-    for side in sides:
+    for side in sorted(sides, key=_order):
         if side == replace(_ORACLE, runtime=side.runtime, dtype=side.dtype) and "plus" in sides[side]:
             for reference in _references(side, sides):
                 named = {"runtime": side.runtime, "dtype": side.dtype, "reference": reference.runtime}
@@ -95,7 +100,7 @@ def _agreements(sides: _Group) -> Iterator[Row]:
 
 
 def _by_cause(sides: _Group) -> Iterator[Row]:
-    for dtype in dict.fromkeys(side.dtype for side in sides):
+    for dtype in dict.fromkeys(side.dtype for side in sorted(sides, key=_order)):
         for cause in causes(dtype):
             if cause.before in sides and cause.after in sides:
                 named = {"cause": cause.name, "dtype": dtype}
@@ -106,20 +111,26 @@ def _by_distance(distances: _Group) -> Iterator[Row]:
     slopes = next((figures["slopes"] for figures in distances.values() if "slopes" in figures), None)
     moved = {(eps, side): figures for (side, eps), figures in distances.items() if side == Side(dtype=side.dtype)}
     if slopes is not None and len(moved) > 1:
-        for (eps, side), figures in sorted(moved.items(), key=lambda item: (item[0][0], item[0][1].dtype)):
+        for (eps, side), figures in sorted(moved.items(), key=lambda item: (item[0][0], _order(item[0][1]))):
+            n = min(len(figures["plus"]), len(slopes))
             found = coefficients(figures, eps)
-            yield {"eps": f"{eps:g}", "dtype": side.dtype} | agreement(found, slopes)
+            yield {"eps": f"{eps:g}", "dtype": side.dtype, "probes": n} | agreement(found[:n], slopes[:n])
 
 
 def _compared(mine: Mapping[str, Any], reference: Mapping[str, Any], *, by_state: bool) -> Row:
-    """Losses relative to the reference's, largest of all probes and in the mean square, then the coefficients."""
+    """Losses relative to the reference's, largest of all probes and in the mean square, then the coefficients.
+
+    Where one side has more probes, the first ones of both are compared.
+    """
+    n = min(len(each["plus"]) for each in (mine, reference))
+    mine, reference = ({state: each[state][:n] for state in _STATES} for each in (mine, reference))
     differences = {state: relative(mine[state], reference[state]) for state in _STATES}
     largest = {state: float(found.max()) for state, found in differences.items()}
     together = np.concatenate(list(differences.values()))
     losses = largest if by_state else {"largest": max(largest.values())}
     # Both have the same distance, which drops out of what is compared.
     pair = [coefficients(each, 0.5) for each in (mine, reference)]
-    return losses | {"rms of losses": float(np.sqrt(np.mean(together**2)))} | agreement(*pair)
+    return {"probes": n} | losses | {"rms of losses": float(np.sqrt(np.mean(together**2)))} | agreement(*pair)
 
 
 def relative(mine: Sequence[float], reference: Sequence[float]) -> np.ndarray:
@@ -154,7 +165,8 @@ def _trajectories(runs: _Group) -> Iterator[Row]:
     by_side: dict[Side, dict[int, Mapping[str, Any]]] = {}
     for (side, seed), figures in runs.items():
         by_side.setdefault(side, {})[seed] = figures
-    for side, mine in by_side.items():
+    for side in sorted(by_side, key=_order):
+        mine = by_side[side]
         for reference in _references(side, by_side):
             seeds = sorted(mine.keys() & by_side[reference].keys())
             pairs = [(mine[seed], by_side[reference][seed]) for seed in seeds]

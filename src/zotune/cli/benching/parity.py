@@ -44,7 +44,7 @@ def bench_parity(
     """Compare losses, coefficients and trajectories of the runtimes with the dense oracle's; resumable."""
     from zotune.bench import parity, parity_report
 
-    plan = parity.Plan(
+    comparison = parity.Comparison(
         models=_names(models),
         data=data,
         parts=_names(parts),
@@ -60,7 +60,7 @@ def bench_parity(
         seeds=seeds,
     )
     notes = Console(stderr=True)
-    results = parity.parity(plan, out, console=notes, threads=threads, minutes=minutes, retry=retry)
+    results = parity.parity(comparison, out, console=notes, threads=threads, minutes=minutes, retry=retry)
     if as_json:
         print_json(parity_report.to_json(results))
     else:
