@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from zotune.cli.benching.program import BatchSize, DataFolder, Scope, Threads, bench_app
+from zotune.cli.benching.program import (
+    RESULTS,
+    BatchSize,
+    DataFolder,
+    Minutes,
+    Out,
+    Retry,
+    Scope,
+    Threads,
+    bench_app,
+    words,
+)
 from zotune.cli.program import AsJson, print_json
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
 
 
 @bench_app.command("parity")
 def bench_parity(
-    out: Annotated[Path, typer.Option(help="Folder of results; what is there is not measured again.")],
     models: Annotated[
         str, typer.Option(help="With commas: demo, tiny:FAMILY, hub ids or folders.")
     ] = "tiny:opt,tiny:llama",
@@ -37,24 +43,25 @@ def bench_parity(
     lr: Annotated[float, typer.Option(help="Of trajectories.")] = 3e-5,
     seeds: Annotated[int, typer.Option(min=1, help="Trajectories of each side.")] = 1,
     threads: Threads = None,
-    minutes: Annotated[float, typer.Option(help="Begin no case after so long.")] = float("inf"),
-    retry: Annotated[bool, typer.Option("--retry", help="Measure again what failed.")] = False,
+    minutes: Minutes = math.inf,
+    retry: Retry = False,
+    out: Out = RESULTS,
     as_json: AsJson = False,
 ) -> None:
     """Compare losses, coefficients and trajectories of the runtimes with the dense oracle's; resumable."""
     from zotune.bench import parity, parity_report
 
     comparison = parity.Comparison(
-        models=_names(models),
+        models=words(models),
         data=data,
-        parts=_names(parts),
-        sides=_names(sides),
-        dtypes=_names(dtypes),
+        parts=words(parts),
+        sides=words(sides),
+        dtypes=words(dtypes),
         scope=scope,
         probes=probes,
         eps=eps,
         batch_size=batch_size,
-        presets=_names(presets),
+        presets=words(presets),
         steps=steps,
         lr=lr,
         seeds=seeds,

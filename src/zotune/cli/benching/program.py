@@ -28,3 +28,14 @@ Scope = Annotated[str, typer.Option(help="linear: weights of linear layers; all:
 Directions = Annotated[int, typer.Option(min=1, help="Two-point directions per step.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Steps to time of each, alternating.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's.")]
+
+RESULTS = Path("bench-results")
+
+Out = Annotated[Path, typer.Option(help="Folder of results; what is there already is not measured again.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Begin no case after so long; call again to go on.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Measure again what failed.")]
+
+
+def words(text: str) -> list[str]:
+    """The names in a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
