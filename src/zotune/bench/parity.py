@@ -206,7 +206,7 @@ def _slopes(case: Case, data: Path | None) -> dict[str, Any]:
 
 
 def _trajectory(case: Case, data: Path | None) -> dict[str, Any]:
-    """The mean loss and the coefficient of every step of a run."""
+    """The mean loss of every step of a run, and the coefficients of them all."""
     side, seed = Side.of(case), case["seed"]
     method = replace(_method(case, case["preset"]), lr=case["lr"])
     optimizer = Optimizer(method, case["steps"])
@@ -221,5 +221,5 @@ def _trajectory(case: Case, data: Path | None) -> dict[str, Any]:
             update = optimizer.tell(proposal, found)
             runtime.apply(update)
             figures["losses"].append(optimizer.loss(found))
-            figures["coefficients"].append(update.terms[0][1])
+            figures["coefficients"] += [coefficient for _, coefficient in update.terms]
     return figures
