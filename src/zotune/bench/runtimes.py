@@ -146,16 +146,17 @@ def prepare(name: str, given: Mapping[str, Any]) -> steps.Setting:
     return steps.prepare(**given, load=models.load if name == "torch" else checkpoint_layout.load)
 
 
-def start(name: str, setting: steps.Setting, method: Method) -> steps.Timed:
+def start(name: str, setting: steps.Setting, method: Method, seed: int = 0) -> steps.Timed:
     """A runtime on the setting's checkpoint, ready for its batches.
 
     Args:
         name: Of `RUNTIMES`.
         setting: Model and batches.
         method: What to tune and how.
+        seed: The run's seed.
     """
     if name == "torch":
-        return EmbeddedRuntime(setting.model, method)
+        return EmbeddedRuntime(setting.model, method, seed=seed)
     from zotune.runtimes.engine.runtime import EngineRuntime, Work
 
     dtype = str(setting.model.dtype).removeprefix("torch.")
@@ -164,7 +165,7 @@ def start(name: str, setting: steps.Setting, method: Method) -> steps.Timed:
         ModelConfig.model_validate({"path": setting.model.name_or_path, "dtype": dtype}),
         setting.model,
         method,
-        seed=0,
+        seed=seed,
         options=options,
         work=Work.of(setting.dataset, setting.batch_size, method),
     )

@@ -127,3 +127,6 @@ class OracleRuntime:
     def export(self, path: Path) -> None:
         """Write the float32 model as a Hugging Face folder."""
         self.oracle.model.save_pretrained(path)
+
+    def close(self) -> None:
+        """Nothing has to be given back: the model is the oracle's own copy."""

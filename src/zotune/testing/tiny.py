@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zotune.errors import ModelError, unknown
@@ -147,6 +151,15 @@ def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, head_s
             for parameter in made.parameters():
                 _randomise(parameter)
     return made.to(dtype).eval()
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write a tiny model as a checkpoint, with a tokenizer of words that are numbers, which engines want to see."""
+    model.save_pretrained(folder)
+    backend = Tokenizer(WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="0", bos_token="2", eos_token="3")
+    tokenizer.save_pretrained(folder)
 
 
 def _randomise(parameter: nn.Parameter) -> None:
