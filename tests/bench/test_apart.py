@@ -40,6 +40,10 @@ def measure(pid: int, case: Mapping[str, Any]) -> dict[str, Any]:
     return {"pid": pid}
 
 
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
 def case(batch: int, model: str = "a", **more: Any) -> dict[str, Any]:
     return {"model": model, "batch_size": batch, **more}
 
@@ -79,5 +83,19 @@ def test_a_case_that_overruns_is_ended_with_what_it_has_started(
         monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead)
         with pytest.raises(TimeIsUp):
             processes.measure(case(15, str(noted)))
-    child = int(noted.read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert is_gone(int(noted.read_text()))
+
+
+def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    script = "import sys, test_apart as t; t.Apart(t.start, t.measure).measure(t.case(15, sys.argv[1]))"
+    parent = subprocess.Popen([sys.executable, "-c", script, str(noted)], cwd=Path(__file__).parent)
+    until = time.monotonic() + 300
+    while not (noted.exists() and noted.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    while not is_gone(int(noted.read_text())):
+        assert time.monotonic() < until
+        time.sleep(0.1)

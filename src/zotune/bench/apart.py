@@ -6,12 +6,13 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -134,13 +135,21 @@ def _serve(theirs: Connection, start: Callable[[Case], T], measure: Callable[[T,
     """The process: take a case, give its figures or say why there are none, and so on."""
     # A group of its own, so that what an engine has started can be ended with it, and Ctrl-C is the parent's to heed.
     os.setsid()
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     case = theirs.recv()
     ready, failure = _tried(partial(start, case))
-    # Until the parent is gone.
     with suppress(EOFError, BrokenPipeError):
         while True:
             theirs.send(_tried(partial(measure, ready, case)) if failure is None else (None, failure))
             case = theirs.recv()
+
+
+def _end_with_the_parent() -> None:
+    """A parent that was killed cannot end what it has started."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
 
 
 def _tried(act: Callable[[], Any]) -> tuple[Any, str | None]:
