@@ -12,8 +12,6 @@ def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this test process alone, with room for more replicas than there are cores."""
     from zotune.runtimes.replicas import cluster
 
-    cluster.load_ray()
-    quiet = {"logging_level": "ERROR", "log_to_driver": False, "include_dashboard": False}
-    ray.init(address="local", num_cpus=12, object_store_memory=128 * 2**20, **quiet)
+    cluster.start_local(cpus=12)
     yield
     ray.shutdown()

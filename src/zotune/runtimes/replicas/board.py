@@ -45,10 +45,10 @@ class Board:
             self._shown = now
             replace(self._figures, json.dumps({"wanted": team.wanted, "replicas": team.figures()}).encode())
 
-    def read(self) -> dict[str, Any] | None:
-        """What `show` wrote last; None if there is nothing."""
+    def read(self) -> dict[str, Any]:
+        """What `show` wrote last; nothing if it has not."""
         try:
-            found = json.loads(self._figures.read_text())
+            found: dict[str, Any] = json.loads(self._figures.read_text())
         except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+            return {}
+        return found

@@ -13,8 +13,10 @@ from zotune.config import ReplicasConfig
 from zotune.errors import ConfigError, EngineError, reason
 from zotune.runtimes.replicas.replica import Replica
 
-_OBJECT_STORE = 256 * 2**20
+_OBJECT_STORE = 128 * 2**20
 """Bytes of shared memory of a cluster that a run starts: states pass through it in pieces."""
+
+_QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 
 
 class Lost(Exception):
@@ -209,10 +211,9 @@ def _connect(address: str) -> tuple[bool, bool]:
     ray = load_ray()
     if ray.is_initialized():
         return False, False
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if address != "local":
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, **_QUIET)
             return True, False
         except (ConnectionError, RuntimeError, ValueError) as error:
             if address != "auto":
@@ -220,9 +221,29 @@ def _connect(address: str) -> tuple[bool, bool]:
                     f"runtime.ray.address = {address!r}: there is no Ray cluster ({reason(error)}). Start one with "
                     "`ray start --head`, or use 'auto' or 'local'."
                 ) from error
-    cores = len(os.sched_getaffinity(0))
-    ray.init(address="local", num_cpus=cores, include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
+    start_local(len(os.sched_getaffinity(0)))
     return True, True
+
+
+def start_local(cpus: int) -> None:
+    """Start a cluster of this process alone, which ends with it.
+
+    Args:
+        cpus: How many it takes itself to have.
+
+    Raises:
+        EngineError: Ray's processes did not come up.
+    """
+    ray = load_ray()
+    for last in (False, False, True):
+        try:
+            ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE, **_QUIET)
+            return
+        # Ray gives its processes 30 seconds, and on a crowded machine they may need more; its error has no type.
+        except Exception as error:
+            ray.shutdown()
+            if last:
+                raise EngineError(f"Ray cannot start a cluster on this machine: {reason(error)}") from error
 
 
 def load_ray() -> Any:

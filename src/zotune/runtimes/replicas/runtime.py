@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from zotune.runtimes.replicas.cluster import Cluster
 from zotune.runtimes.replicas.history import History
 from zotune.runtimes.replicas.member import Member, Traffic
 from zotune.runtimes.replicas.replica import Record
-from zotune.runtimes.replicas.spread import Part, Spread
+from zotune.runtimes.replicas.spread import Begin, Part, Spread
 from zotune.runtimes.replicas.team import Team
 from zotune.runtimes.replicas.units import Unit
 
@@ -47,6 +48,7 @@ class RayRuntime:
         layout: The sites.
         fingerprint: Of the base weights.
         team: The replicas.
+        timings: Seconds so far that the replica with most to do has worked, and that the driver has waited besides.
 
     Raises:
         ConfigError: The cluster is too small.
@@ -69,6 +71,7 @@ class RayRuntime:
         self._unit_tokens = self._options.unit_tokens or _unit_tokens(record, blueprint)
         self._numbers: dict[Row, int] = {}
         self._window = self._checked = 0
+        self.timings = {"work": 0.0, "wait": 0.0}
 
     @classmethod
     def start(cls, blueprint: Blueprint, run: Path | None = None) -> RayRuntime:
@@ -88,10 +91,14 @@ class RayRuntime:
         inner = options.model_copy(update={"type": options.ray.inner, "threads": cpus})
         return cls(Cluster(options.ray, cpus, shards), replace(blueprint, options=inner), options.ray.replicas, run)
 
+    def plan(self, probes: Sequence[Probe], rows: Sequence[Row]) -> list[Unit]:
+        """The units of a question."""
+        return units.plan(probes, rows, split=self._options.split, unit_tokens=self._unit_tokens)
+
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
         """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
         self._between_steps()
-        planned = units.plan(probes, rows, split=self._options.split, unit_tokens=self._unit_tokens)
+        planned = self.plan(probes, rows)
         packed = [wire.pack_probe(probe) for probe in probes]
         numbers = [self._numbers.setdefault(row, len(self._numbers)) for row in rows]
         by_number = dict(zip(numbers, rows, strict=True))
@@ -104,7 +111,7 @@ class RayRuntime:
             return member.begin("score", asked, normalised, rows=needed)
 
         parts = [Part(unit.tokens, _rows(unit), unit) for unit in planned]
-        answers = Spread(self.team, parts, begin, self._options.patience).run()
+        answers = self._spread(parts, begin)
         scores = [
             np.frombuffer(data, np.float32).reshape(_probes(unit), -1)
             for unit, data in zip(planned, answers, strict=True)
@@ -122,7 +129,7 @@ class RayRuntime:
         def begin(member: Member, share: list[Any]) -> Any:
             return member.begin("generate", share, max_new_tokens, frozenset(stop))
 
-        answers = Spread(self.team, parts, begin, self._options.patience).run()
+        answers = self._spread(parts, begin)
         return [tokens for group in answers for tokens in group]
 
     def apply(self, update: Update) -> None:
@@ -164,6 +171,15 @@ class RayRuntime:
     def close(self) -> None:
         """End all replicas, and the cluster if it is this run's own."""
         self.team.close()
+
+    def _spread(self, parts: Sequence[Part], begin: Begin) -> list[Any]:
+        """The answers to parts of a question, in order."""
+        began = time.perf_counter()
+        spread = Spread(self.team, parts, begin, self._options.patience)
+        answers = spread.run()
+        self.timings["work"] += spread.work
+        self.timings["wait"] += time.perf_counter() - began - spread.work
+        return answers
 
     def _between_steps(self) -> None:
         """Heed the board, take in who is ready, and compare states when it is time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,12 @@ class Spread:
         self._team, self._parts, self._begin, self._patience = team, parts, begin, patience
         self._answers: dict[int, Any] = {}
         self._pending: dict[Any, _Asked] = {}
+        self._worked: dict[Member, float] = defaultdict(float)
+
+    @property
+    def work(self) -> float:
+        """Seconds that the member with most to do has worked."""
+        return max(self._worked.values(), default=0.0)
 
     def run(self) -> list[Any]:
         """The answers, in the order of the parts.
@@ -111,6 +118,7 @@ class Spread:
         except Lost as why:
             self._team.lose(asked.member, str(why))
             return
+        self._worked[asked.member] += seconds
         self._answers |= dict(zip(asked.parts, answers, strict=True))
         parts = [self._parts[index] for index in asked.parts]
         tokens = sum(part.tokens for part in parts)
