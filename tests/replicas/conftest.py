@@ -7,7 +7,7 @@ import pytest
 ray = pytest.importorskip("ray")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this test process alone, with room for more replicas than there are cores."""
     from zotune.runtimes.replicas import cluster

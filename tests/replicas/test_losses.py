@@ -29,6 +29,8 @@ from zotune.runtimes.replicas.runtime import RayRuntime
 from zotune.session import Session
 from zotune.train import take_step
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
 Configure = Callable[..., Config]
 METHOD = {"preset": "lozo-m", "directions": 4, "interval": 4}
 

@@ -8,6 +8,8 @@ from teams import teams
 from zotune.testing import conformance
 from zotune.testing.conformance import Case
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
 FEW = (conformance.check_probes, conformance.check_updates, conformance.check_state, conformance.check_generate)
 
 

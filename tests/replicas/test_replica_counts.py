@@ -14,6 +14,8 @@ from tiny_runs import Recorder, assert_same, saved
 import zotune
 from zotune.config import Config
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
 Configure = Callable[..., Config]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from zotune.errors import ConfigError
 
-_STEPS = 200
+_STEPS = 400
 """Simulated steps of each number of replicas; their mean is within a few percent of that of many."""
 
 

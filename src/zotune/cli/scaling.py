@@ -31,8 +31,8 @@ def scale(
     run, config = open_run(path)
     if config.runtime.type != "ray":
         raise ConfigError(
-            f"{path} has no replicas: its runtime.type is {config.runtime.type!r}. Set it to 'ray' in {run.config}, then "
-            f"go on with: {command_line('resume', path)}"
+            f"{path} has no replicas, because its runtime.type is {config.runtime.type!r}. Set it to 'ray' in "
+            f"{run.config}, then go on with: {command_line('resume', path)}"
         )
     live, board = _is_live(run), Board(run.path)
     if replicas is not None:
