@@ -13,8 +13,10 @@ from tiny_checkpoint import write
 from zotune.config import ReplicasConfig, RuntimeConfig
 from zotune.optimizer import Method
 from zotune.runtimes.blueprint import Blueprint
+from zotune.runtimes.engine.runtime import Work
 from zotune.runtimes.replicas.cluster import Cluster, Lost, Seat
 from zotune.runtimes.replicas.runtime import RayRuntime
+from zotune.testing import tiny
 
 
 class WarmCluster(Cluster):
@@ -56,10 +58,12 @@ def teams(replicas: int = 2, **options: Any) -> Iterator[Any]:
     started: list[RayRuntime] = []
     with tempfile.TemporaryDirectory() as folder:
 
-        def start(model: Any, method: Method, *, seed: int = 0, max_tokens: int = 16384) -> RayRuntime:
+        def start(model: Any, method: Method, *, seed: int = 0, max_tokens: int = 2048) -> RayRuntime:
             config = write(model, Path(folder) / f"model-{len(started)}")
-            chosen = RuntimeConfig(threads=1, max_tokens=max_tokens, ray=ReplicasConfig(**options))
-            blueprint = Blueprint(config, method, seed, chosen)
+            ray = ReplicasConfig(**options)
+            chosen = RuntimeConfig(type=ray.inner, threads=1, max_tokens=max_tokens, ray=ray)
+            work = Work(step_tokens=512, longest=tiny.CONTEXT, largest=96)
+            blueprint = Blueprint(config, method, seed, chosen, work)
             runtime = RayRuntime(WarmCluster(chosen.ray, cpus=1, shards=1), blueprint, replicas)
             started.append(runtime)
             return runtime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from zotune.runtimes.replicas.replica import Replica
 _OBJECT_STORE = 128 * 2**20
 """Bytes of shared memory of a cluster that a run starts: states pass through it in pieces."""
 
-_QUIET = {"logging_level": "ERROR", "log_to_driver": False}
+_LISTENER_SECONDS = 5.0
+
+_QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 
 
 class Lost(Exception):
@@ -211,18 +214,33 @@ def _connect(address: str) -> tuple[bool, bool]:
     ray = load_ray()
     if ray.is_initialized():
         return False, False
+    if address not in ("auto", "local"):
+        _require_listener(address)
     if address != "local":
         try:
-            ray.init(address=address, **_QUIET)
+            ray.init(address, **_QUIET)
             return True, False
         except (ConnectionError, RuntimeError, ValueError) as error:
             if address != "auto":
-                raise ConfigError(
-                    f"runtime.ray.address = {address!r}: there is no Ray cluster ({reason(error)}). Start one with "
-                    "`ray start --head`, or use 'auto' or 'local'."
-                ) from error
+                raise _no_cluster(address, reason(error)) from error
     start_local(len(os.sched_getaffinity(0)))
     return True, True
+
+
+def _require_listener(address: str) -> None:
+    """Make sure that something listens there: Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_LISTENER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address, reason(error)) from error
+
+
+def _no_cluster(address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"runtime.ray.address = {address!r}: there is no Ray cluster ({why}). Start one with `ray start --head` and "
+        "give the host:port that it prints, or use 'auto' or 'local'."
+    )
 
 
 def start_local(cpus: int) -> None:
