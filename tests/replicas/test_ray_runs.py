@@ -70,7 +70,8 @@ def test_a_run_is_scaled_killed_and_resumed_without_a_trace_of_its_processes(
     driver = program("run", file)
     wait_for(driver, lambda: steps_of(run) > 3)
     second = subprocess.run([*PROGRAM, "resume", str(run)], capture_output=True, text=True, check=False)
-    assert (second.returncode, "another process is training" in second.stderr) == (2, True)
+    assert second.returncode == 2
+    assert "another process is training" in second.stderr, second.stderr
     subprocess.run([*PROGRAM, "scale", str(run), "--replicas", "2"], check=True, capture_output=True)
     wait_for(driver, lambda: len(_in_step(table(run))) == 2)
     before = steps_of(run)
@@ -80,7 +81,8 @@ def test_a_run_is_scaled_killed_and_resumed_without_a_trace_of_its_processes(
     driver.kill()
     out, errors = driver.communicate()
     assert "Traceback" not in errors + out
-    _, alive = psutil.wait_procs(family, timeout=60)
+    # Replicas go at once; two helpers of Ray's first look for the rest of their cluster for a while.
+    _, alive = psutil.wait_procs(family, timeout=180)
     assert not alive, [process.cmdline() for process in alive]
 
     found = table(run)
@@ -115,11 +117,13 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(configure: Configure, tmp_path: 
 
 REFUSED = """
 import sys
+from pathlib import Path
 from zotune import config
+from zotune.errors import ConfigError
 from zotune.session import Session
 for setting in sys.argv[2:]:
     try:
-        Session.build(config.load(sys.argv[1], [setting]))
+        Session.build(config.load(Path(sys.argv[1]), [setting]))
     except ConfigError as error:
         print(error)
 """
@@ -144,6 +148,7 @@ def test_what_cannot_be_had_is_named(configure: Configure, tmp_path: Path) -> No
 TWO_NODES = """
 import sys
 from contextlib import closing
+from pathlib import Path
 from ray.cluster_utils import Cluster as Nodes
 from zotune import config
 from zotune.journal import Journal
@@ -153,7 +158,7 @@ from zotune.train import take_step
 
 nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 second = nodes.add_node(num_cpus=1)
-chosen = config.load(sys.argv[1], [f"runtime.ray.address={nodes.address}"])
+chosen = config.load(Path(sys.argv[1]), [f"runtime.ray.address={nodes.address}"])
 with closing(Session.build(chosen)) as session:
     run = RunDirectory.create(chosen, session.header())
     journal = Journal.open(run.journal)
@@ -162,7 +167,7 @@ with closing(Session.build(chosen)) as session:
         if step == 3:
             nodes.remove_node(second, allow_graceful=False)
         take_step(session, step, journal)
-    print([number for number in session.runtime.team.members], session.runtime.team.figures()[-1]["state"])
+    print("in step:", *session.runtime.team.members)
     print(*session.runtime.news(), sep=chr(10))
 nodes.shutdown()
 """
@@ -175,9 +180,9 @@ def test_a_node_that_vanishes_leaves_its_units_to_the_others(configure: Configur
     words = [sys.executable, "-c", TWO_NODES, str(file)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
-    first, *news = done.stdout.splitlines()
-    assert len(json.loads(first[: first.index("]") + 1])) == 1
-    assert any("is lost: its " in text for text in news), news
+    lines = done.stdout.splitlines()
+    assert {"in step: 0", "in step: 1"} & set(lines), lines
+    assert any("is lost: its " in line for line in lines), lines
     zotune.start(configure(output="undisturbed", train={"steps": 10}, runtime={"type": "ray", "ray": RAY}), Recorder())
     entries = journal.read(tmp_path / "run" / "journal.jsonl").entries
     assert entries == journal.read(tmp_path / "undisturbed" / "journal.jsonl").entries

@@ -55,11 +55,8 @@ class Seat:
         self._actor, self._group, self.node, self.cores = actor, group, node, tuple(cores)
 
     def begin(self, method: str, *arguments: Any) -> Any:
-        """Ask for one of the methods of `zotune.runtimes.replicas.replica.Replica`; what `Cluster.wait` takes."""
-        try:
-            return getattr(self._actor, method).remote(*arguments)
-        except load_ray().exceptions.RayError as error:
-            raise _understood(error) from error
+        """Ask for one of the methods of `zotune.runtimes.replicas.replica.Replica`; what `first` and `answer` take."""
+        return getattr(self._actor, method).remote(*arguments)
 
     def ask(self, method: str, *arguments: Any, patience: float | None = None) -> Any:
         """What one of those methods returns or raises.
@@ -105,12 +102,12 @@ class Cluster:
         Raises:
             ConfigError: It is not; the message says what was asked for and what is there.
         """
-        nodes = {node["NodeManagerAddress"]: node["Resources"] for node in _nodes()}
-        room = sum(self.needs.fit(resources) for resources in nodes.values())
+        nodes = [(node["NodeManagerAddress"], node["Resources"]) for node in _nodes()]
+        room = sum(self.needs.fit(resources) for _, resources in nodes)
         if room < replicas:
             there = "; ".join(
                 f"node {name}: {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs"
-                for name, resources in nodes.items()
+                for name, resources in nodes
             )
             raise ConfigError(
                 f"runtime.ray.replicas = {replicas} of {self.needs} each do not fit: the Ray cluster has room for "
@@ -202,10 +199,11 @@ def _understood(error: Any) -> Exception:
             "Ray's object store is full, so a state cannot be moved. Free memory and disk space on its nodes, or start "
             "the cluster with a larger one (`ray start --object-store-memory`); `zotune resume` goes on from there."
         )
+    if isinstance(error, known.OutOfMemoryError):
+        return Lost("its node ran out of memory")
     if isinstance(error, known.RayActorError | known.ObjectLostError | known.NodeDiedError | known.TaskCancelledError):
-        return Lost(
-            "its node vanished" if re.search(r"node\b.*\b(died|dead|terminated)", str(error)) else "its process ended"
-        )
+        vanished = re.search(r"\bnode\b.*\b(died|dead|terminated)", str(error))
+        return Lost("its node vanished" if vanished else "its process ended")
     return EngineError(f"Ray failed: {reason(error)}")
 
 
@@ -252,6 +250,8 @@ def start_local(cpus: int) -> None:
     Raises:
         EngineError: Ray's processes did not come up.
     """
+    # Replicas get what memory there is, as a runtime in this process would: Ray's monitor also counts other programs.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     ray = load_ray()
     for last in (False, False, True):
         try:

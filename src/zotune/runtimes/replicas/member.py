@@ -12,7 +12,7 @@ from torch import Tensor
 from zotune.rows import Row
 from zotune.runtimes.engine import wire
 from zotune.runtimes.replicas import shares
-from zotune.runtimes.replicas.cluster import Cluster, Seat, answer
+from zotune.runtimes.replicas.cluster import Cluster, Lost, Seat, answer
 from zotune.runtimes.replicas.history import History
 from zotune.runtimes.replicas.replica import PIECE, Record
 
@@ -127,16 +127,28 @@ class Member:
         return state
 
 
-def load(seats: Sequence[Seat], cluster: Cluster, state: Mapping[str, Tensor], window: int) -> None:
-    """Give replicas a state, in pieces that travel to each node once; raises as `Seat.ask`."""
+def load(seats: Sequence[Seat], cluster: Cluster, state: Mapping[str, Tensor], window: int) -> dict[Seat, Lost]:
+    """Give replicas a state, in pieces that travel to each node once; who is lost on the way, and why.
+
+    Raises:
+        JournalError: The tensors are not those of the replicas' layout and method.
+        EngineError: Ray's object store is full.
+    """
+    lost: dict[Seat, Lost] = {}
     for name, tensor in state.items():
         dtype, shape, data = wire.pack_tensor(tensor)
         for start in range(0, max(len(data), 1), PIECE):
             piece = cluster.share(data[start : start + PIECE])
-            _all(seats, "put", name, dtype, shape, start, piece)
-    _all(seats, "loaded", window)
+            _ask_all(seats, lost, "put", name, dtype, shape, start, piece)
+    _ask_all(seats, lost, "loaded", window)
+    return lost
 
 
-def _all(seats: Sequence[Seat], method: str, *arguments: Any) -> None:
-    for begun in [seat.begin(method, *arguments) for seat in seats]:
-        answer(begun)
+def _ask_all(seats: Sequence[Seat], lost: dict[Seat, Lost], method: str, *arguments: Any) -> None:
+    """Ask all who are not lost at once; note who is."""
+    begun = [(seat, seat.begin(method, *arguments)) for seat in seats if seat not in lost]
+    for seat, each in begun:
+        try:
+            answer(each)
+        except Lost as why:
+            lost[seat] = why

@@ -85,7 +85,8 @@ class Recruit:
             require_same(found, self._expected)
         foundation = self._history.foundation()
         if foundation.state is not None:
-            member.load([seat], self._cluster, foundation.state, foundation.window)
+            for why in member.load([seat], self._cluster, foundation.state, foundation.window).values():
+                raise why
         found.told = foundation.count
         found.ask("nothing")
         return found

@@ -97,12 +97,8 @@ class Spread:
                 continue
             indices = [todo[i] for i in share]
             began = time.perf_counter()
-            try:
-                begun = self._begin(each, [self._parts[index].content for index in indices])
-            except Lost as why:
-                self._team.lose(each, str(why))
-            else:
-                self._pending[begun] = _Asked(each, indices, began)
+            begun = self._begin(each, [self._parts[index].content for index in indices])
+            self._pending[begun] = _Asked(each, indices, began)
 
     def _collect(self) -> None:
         """Take one answer, or the loss of who should have given it."""

@@ -75,17 +75,27 @@ class Team:
         self.cluster.require(replicas)
         self.wanted = replicas
         self._fill()
-        for recruit in list(self.recruits.values()):
-            recruit.wait()
-            if recruit.error is not None or recruit.member is None:
-                raise _plain(recruit)
-            self._record = self._record or recruit.member.record
-            require_same(recruit.member, self._record)
-            recruit.member.started = time.monotonic() - recruit.began
-            self._join(recruit.member)
-        self.recruits.clear()
+        while len(self.members) < replicas:
+            for recruit in list(self.recruits.values()):
+                recruit.wait()
+                self._take_in_first(self.recruits.pop(recruit.number))
+            self._fill()
         assert self._record is not None
         return self._record
+
+    def _take_in_first(self, recruit: Recruit) -> None:
+        """Let a first one join; what building its runtime raised is the user's to know at once."""
+        if recruit.member is not None:
+            self._record = self._record or recruit.member.record
+            require_same(recruit.member, self._record)
+            self._join(recruit)
+            return
+        assert recruit.error is not None
+        if isinstance(recruit.error, ZotuneError):
+            raise recruit.error
+        self._note_failure(recruit, recruit.error)
+        if len(self._failures) >= _ATTEMPTS:
+            raise EngineError(f"replica {recruit.number} could not be started: {reason(recruit.error)}")
 
     def resize(self, replicas: int) -> None:
         """Have another number of replicas from now on; new ones join when they are in step."""
@@ -111,31 +121,26 @@ class Team:
             self._take_in(self.recruits.pop(number))
         self._fill()
 
-    def anyone(self, method: str, *arguments: Any) -> Any:
-        """One member's answer; another one is asked where the first is lost."""
-        return self._of_anyone(lambda each: each.ask(method, *arguments))
-
     def state(self) -> dict[str, Tensor]:
-        """The state that all have."""
-        found: dict[str, Tensor] = self._of_anyone(Member.fetch)
-        return found
-
-    def _of_anyone(self, act: Callable[[Member], Any]) -> Any:
+        """The state that all have, from the first member that lives to give it."""
         while True:
             self.tend()
             chosen = next(iter(self.members.values()))
             try:
-                return act(chosen)
+                return chosen.fetch()
             except Lost as why:
                 self.lose(chosen, str(why))
 
     def load(self, state: Mapping[str, Tensor], window: int) -> None:
         """Have all members go on from a state, with which the history begins anew."""
         self.tend()
-        member.load([each.seat for each in self.members.values()], self.cluster, state, window)
+        members = list(self.members.values())
+        lost = member.load([each.seat for each in members], self.cluster, state, window)
         self._history.restart(state, window)
-        for each in self.members.values():
+        for each in members:
             each.told = 0
+            if each.seat in lost:
+                self.lose(each, str(lost[each.seat]))
 
     def check(self) -> None:
         """Compare the states of all members; who differs from most is replaced."""
@@ -150,21 +155,12 @@ class Team:
     def _fingerprints(self, members: Iterable[Member]) -> dict[Member, str]:
         """Of the states of those who are not lost on the way."""
         found = {}
-        for each, begun in self._asked(members, "fingerprint"):
+        for each, begun in [(each, each.begin("fingerprint")) for each in members]:
             try:
                 found[each] = each.end(begun, self._patience)[1]
             except Lost as why:
                 self.lose(each, str(why))
         return found
-
-    def _asked(self, members: Iterable[Member], method: str) -> list[tuple[Member, Any]]:
-        asked = []
-        for each in list(members):
-            try:
-                asked.append((each, each.begin(method)))
-            except Lost as why:
-                self.lose(each, str(why))
-        return asked
 
     def lose(self, lost: Member, why: str) -> None:
         """Go on without a member, and start another one in its place."""
@@ -192,23 +188,26 @@ class Team:
             if recruit.error is not None:
                 self._note_failure(recruit, recruit.error)
             return
-        found = self._fingerprints([*list(self.members.values())[:1], newcomer])
+        found = self._fingerprints([*self.members.values(), newcomer])
+        others = {fingerprint for each, fingerprint in found.items() if each is not newcomer}
         if newcomer not in found:
             self._note_failure(recruit, EngineError("it was lost as it joined"))
-        elif len(set(found.values())) > 1:
+        elif others and found[newcomer] not in others:
             self.cluster.dismiss(newcomer.seat)
             self._note_failure(recruit, EngineError("its state differs from the others' after the replay"))
         else:
-            newcomer.started = time.monotonic() - recruit.began
-            self._failures.clear()
             self.restarts[newcomer.number] += newcomer.number in self._known
-            self._join(newcomer)
+            self._join(recruit)
             self._tell(f"replica {newcomer.number} on node {newcomer.seat.node} is in step ({newcomer.started:.1f} s)")
 
-    def _join(self, newcomer: Member) -> None:
+    def _join(self, recruit: Recruit) -> None:
+        newcomer = recruit.member
+        assert newcomer is not None
+        newcomer.started = time.monotonic() - recruit.began
+        self._failures.clear()
+        self._known.add(newcomer.number)
         self.members[newcomer.number] = newcomer
         self.members = dict(sorted(self.members.items()))
-        self._known.add(newcomer.number)
 
     def _note_failure(self, recruit: Recruit, why: Exception) -> None:
         self._failures.append(why)
@@ -251,11 +250,3 @@ class Team:
             recruit.cancel()
         self.recruits, self.members = {}, {}
         self.cluster.close()
-
-
-def _plain(recruit: Recruit) -> ZotuneError:
-    """Why a first replica could not be started, as a user's error."""
-    if isinstance(recruit.error, ZotuneError):
-        return recruit.error
-    assert recruit.error is not None
-    return EngineError(f"replica {recruit.number} could not be started: {reason(recruit.error)}")
