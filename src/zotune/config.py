@@ -130,11 +130,48 @@ class EngineConfig(Section):
     memory_fraction: float = Field(default=0.9, gt=0, le=1, description="of a GPU's memory that vLLM may use")
 
 
+class ReplicasConfig(Section):
+    """How many replicas run, on what, and how a step is cut among them."""
+
+    replicas: int = Field(default=2, ge=1, le=4096, description="runtimes in lock-step")
+    inner: Literal["torch", "vllm"] = Field(default="torch", description="what each of them is")
+    address: str = Field(
+        default="auto",
+        min_length=1,
+        description="auto: a Ray cluster that runs here, else one of its own; local; or host:port",
+    )
+    cpus: int | None = Field(
+        default=None, ge=1, le=512, description="cores of a replica, and its threads; default: runtime.threads, or 1"
+    )
+    gpus: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="of a replica; default: tensor_parallel where the cluster has GPUs, else 0",
+    )
+    pin: bool | None = Field(
+        default=None, description="keep each replica on cores of its own; default: on a cluster that the run starts"
+    )
+    split: Literal["auto", "direction", "sign", "rows"] = Field(
+        default="auto", description="what a step is cut by; auto: by direction, small ones together"
+    )
+    unit_tokens: int | None = Field(
+        default=None, ge=1, description="most tokens of a piece of a step, about; default: 1024 on CPUs, 8192 on GPUs"
+    )
+    check_every: int = Field(default=100, ge=1, description="steps between comparisons of the replicas' states")
+    patience: float = Field(
+        default=600.0, gt=0, description="seconds until a silent replica is taken for dead, or a missing one for lost"
+    )
+
+
 class RuntimeConfig(Section):
     """Where the tensors live."""
 
-    type: Literal["torch", "vllm"] = Field(default="torch", description="in this process, or stock vLLM")
+    type: Literal["torch", "vllm", "ray"] = Field(
+        default="torch", description="in this process, stock vLLM, or replicas of either on a Ray cluster"
+    )
     vllm: EngineConfig = EngineConfig()
+    ray: ReplicasConfig = ReplicasConfig()
     fold: Literal["stochastic", "master"] = Field(
         default="stochastic",
         description="keyed stochastic rounding, or a float32 copy of the weights",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,17 @@ from zotune.data import load as load_data
 from zotune.errors import JournalError
 from zotune.evaluate import Evaluation, evaluate
 from zotune.journal import Header, Journal
-from zotune.optimizer import Method, Optimizer
+from zotune.optimizer import Optimizer
 from zotune.presets import resolve
 from zotune.protocol import Proposal
 from zotune.rows import Example
 from zotune.run import RunDirectory
 from zotune.runtimes.base import Runtime
-from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.engine import checkpoint_layout
+from zotune.runtimes.blueprint import Blueprint
 from zotune.runtimes.modules import left_out
+
+News = Callable[[], Iterable[str]]
+"""What has happened to a runtime since the last call, in a line each."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Session:
     runtime: Runtime
     data: Dataset
     order: BatchOrder
+    news: News = tuple
 
     @classmethod
     def build(cls, config: Config) -> Session:
@@ -44,17 +48,17 @@ class Session:
         Raises:
             ZotuneError: The configuration names something that is not there or does not fit.
         """
-        method, options = resolve(config.method), config.runtime
-        load = models.load if options.type == "torch" else checkpoint_layout.load
-        model, tokenizer = load(config.model)
+        blueprint = Blueprint(config.model, resolve(config.method), config.train.seed, config.runtime)
+        model, tokenizer = blueprint.load()
         data = load_data(config.data, tokenizer, models.context_length(model))
-        runtime = _embedded(config, model, method) if options.type == "torch" else _engine(config, model, method, data)
+        runtime, news = _start(config, blueprint, model, data)
         return cls(
             config,
-            Optimizer(method, config.train.steps),
+            Optimizer(blueprint.method, config.train.steps),
             runtime,
             replace(data, notices=(*data.notices, *left_out(model, runtime.layout))),
             BatchOrder(len(data.train), config.train.batch_size, config.train.seed),
+            news,
         )
 
     def header(self) -> Header:
@@ -100,21 +104,20 @@ class Session:
             self.runtime.apply(self.optimizer.update(entry.step, entry.coefficients, entry.lr))
 
 
-def _embedded(config: Config, model: Any, method: Method) -> Runtime:
-    import torch
-
+def _start(config: Config, blueprint: Blueprint, model: Any, data: Dataset) -> tuple[Runtime, News]:
+    """The configured runtime, and where it tells what happens to it."""
     options = config.runtime
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    return EmbeddedRuntime(model, method, seed=config.train.seed, fold=options.fold, max_tokens=options.max_tokens)
+    # What runs without vLLM or Ray must not need them.
+    if "vllm" in (options.type, options.ray.inner):
+        from zotune.runtimes.engine.runtime import Work
 
+        blueprint = replace(blueprint, work=Work.of(data, config.train.batch_size, blueprint.method))
+    if options.type != "ray":
+        return blueprint.build(model), tuple
+    from zotune.runtimes.replicas.runtime import RayRuntime
 
-def _engine(config: Config, model: Any, method: Method, data: Dataset) -> Runtime:
-    # What runs without vLLM must not need it.
-    from zotune.runtimes.engine.runtime import EngineRuntime, Work
-
-    work = Work.of(data, config.train.batch_size, method)
-    return EngineRuntime.start(config.model, model, method, seed=config.train.seed, options=config.runtime, work=work)
+    runtime = RayRuntime.start(blueprint, Path(config.output).expanduser())
+    return runtime, runtime.news
 
 
 def restore(

@@ -68,6 +68,8 @@ class Upkeep:
             StopRun: The validation loss has stalled.
         """
         train, done = self._train, len(self._journal.entries)
+        for text in self._session.news():
+            self._reporter.notice(text)
         if done % train.eval_every == 0 or self._minutes_are_over():
             self.evaluate()
         best = done in self.evaluations and stopping.best(self.evaluations) == done > 0

@@ -8,19 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
+from tiny_checkpoint import write
+
+from zotune.config import EngineConfig, RuntimeConfig
 from zotune.optimizer import Method
 from zotune.runtimes.engine.runtime import EngineRuntime, Work
 from zotune.testing import tiny
 
 HEAD_SIZE = 32
 """The smallest that vLLM's attention takes on a CPU."""
-
-
-def write(model: Any, folder: Path) -> ModelConfig:
-    """Save a model as a checkpoint."""
-    tiny.save(model, folder)
-    return ModelConfig(path=str(folder), dtype=str(model.dtype).removeprefix("torch."), device="cpu")
 
 
 @contextmanager

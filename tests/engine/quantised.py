@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import HEAD_SIZE, write
+from engines import HEAD_SIZE
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import write
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

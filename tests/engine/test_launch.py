@@ -13,7 +13,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from engines import HEAD_SIZE, write
+from engines import HEAD_SIZE
+from tiny_checkpoint import write
 from transformers import CTRLConfig, Gemma3TextConfig, LlamaConfig
 
 from zotune.config import ModelConfig, RuntimeConfig

@@ -3,6 +3,18 @@
 from zotune.cli.program import app, main
 
 # In the order in which --help lists their commands.
-from zotune.cli import training, looking, tasking, history, journals, watching, exporting, benching  # isort: skip
+from zotune.cli import training, looking, tasking, history, journals, scaling, watching, exporting, benching  # isort: skip
 
-__all__ = ["app", "benching", "exporting", "history", "journals", "looking", "main", "tasking", "training", "watching"]
+__all__ = [
+    "app",
+    "benching",
+    "exporting",
+    "history",
+    "journals",
+    "looking",
+    "main",
+    "scaling",
+    "tasking",
+    "training",
+    "watching",
+]

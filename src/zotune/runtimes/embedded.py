@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from zotune import models
+from zotune.config import ModelConfig
 from zotune.errors import JournalError
 from zotune.layout import Layout
 from zotune.optimizer import Method
@@ -197,6 +199,12 @@ class EmbeddedRuntime:
         start = time.perf_counter()
         yield
         self.timings[phase] += time.perf_counter() - start
+
+
+def twin(config: ModelConfig, method: Method, *, seed: int, fold: str) -> EmbeddedRuntime:
+    """An embedded runtime on this process's CPU with the weights that a run began with, whatever runs it elsewhere."""
+    model, _ = models.load(config.model_copy(update={"device": "cpu"}))
+    return EmbeddedRuntime(model, method, seed=seed, fold=fold)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

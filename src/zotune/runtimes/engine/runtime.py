@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zotune import models
 from zotune.config import ModelConfig, RuntimeConfig
 from zotune.data import Dataset
 from zotune.errors import EngineError, JournalError, ModelError, reason
@@ -21,7 +20,7 @@ from zotune.layout import Layout
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
-from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.embedded import EmbeddedRuntime, twin
 from zotune.runtimes.engine import checkpoint_layout, handshake, launch, slots, wire
 from zotune.runtimes.engine.bank import settled
 from zotune.runtimes.engine.batch import Prepared
@@ -137,11 +136,7 @@ class EngineRuntime:
             **slots.options(settings),
         )
         llm, processes = Lifeline.around(start)
-
-        def embedded() -> EmbeddedRuntime:
-            twin, _ = models.load(config.model_copy(update={"device": "cpu"}))
-            return EmbeddedRuntime(twin, method, seed=seed, fold=options.fold)
-
+        embedded = partial(twin, config, method, seed=seed, fold=options.fold)
         runtime = cls(llm, layout, checkpoint_layout.fingerprint(config, model), embedded, processes)
         try:
             handshake.check(runtime, {site.name: each for site, each in weights.items() if not each.is_meta}, model)

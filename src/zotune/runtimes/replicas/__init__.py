@@ -1,0 +1,1 @@
+"""Many runtimes as one: lock-step replicas on a Ray cluster that exchange keys and scalars only."""

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zotune.optimizer import Method, Optimizer
+from zotune.runtimes.replicas import shares, units
+from zotune.testing import tiny
+
+SPLITS = st.sampled_from(["auto", "direction", "sign", "rows"])
+
+
+def question(directions: int, rows: int, estimator: str = "two-point") -> tuple:
+    method = Method(directions=directions, estimator=estimator)  # type: ignore[arg-type]
+    return Optimizer(method, 1).ask(0).probes, tiny.rows("mixed", rows)
+
+
+@given(
+    directions=st.integers(1, 9),
+    rows=st.integers(1, 12),
+    estimator=st.sampled_from(["two-point", "one-sided"]),
+    split=SPLITS,
+    unit_tokens=st.integers(1, 2000),
+)
+def test_units_cover_every_probe_and_row_once_and_join_to_the_whole(
+    directions: int, rows: int, estimator: str, split: str, unit_tokens: int
+) -> None:
+    probes, batch = question(directions, rows, estimator)
+    planned = units.plan(probes, batch, split=split, unit_tokens=unit_tokens)
+    ends = np.cumsum([0, *(len(row.candidates) for row in batch)])
+    whole = np.arange(len(probes) * ends[-1], dtype=np.float32).reshape(len(probes), -1)
+    parts = [whole[unit.probes, ends[unit.rows.start] : ends[unit.rows.stop]] for unit in planned]
+    assert sum(part.size for part in parts) == whole.size
+    np.testing.assert_array_equal(units.join(planned, parts, len(probes), batch), whole)
+    tokens = len(probes) * sum(row.n_tokens for row in batch)
+    assert sum(unit.tokens for unit in planned) == tokens
+    for unit in planned:
+        assert unit.tokens <= unit_tokens or unit.rows.stop - unit.rows.start == 1
+
+
+@given(directions=st.integers(1, 9), rows=st.integers(1, 12), unit_tokens=st.integers(1, 2000))
+def test_plus_and_minus_stay_together_unless_the_split_is_by_sign(directions: int, rows: int, unit_tokens: int) -> None:
+    probes, batch = question(directions, rows)
+    for unit in units.plan(probes, batch, split="auto", unit_tokens=unit_tokens):
+        keys = [probe.key for probe in probes[unit.probes]]
+        assert len(keys) == 2 * len(set(keys))
+    assert all(
+        unit.probes.stop - unit.probes.start == 1
+        for unit in units.plan(probes, batch, split="sign", unit_tokens=unit_tokens)
+    )
+
+
+def test_small_directions_go_together_and_large_ones_are_cut_by_rows() -> None:
+    probes, batch = question(4, 8)
+    tokens = sum(row.n_tokens for row in batch)
+    assert len(units.plan(probes, batch, split="auto", unit_tokens=8 * tokens)) == 1
+    assert len(units.plan(probes, batch, split="direction", unit_tokens=8 * tokens)) == 4
+    assert len(units.plan(probes, batch, split="auto", unit_tokens=4 * tokens)) == 2
+    assert len(units.plan(probes, batch, split="auto", unit_tokens=tokens)) > 4
+
+
+@given(
+    costs=st.lists(st.integers(1, 1000), min_size=1, max_size=30),
+    speeds=st.lists(st.floats(0.1, 1000), min_size=1, max_size=6),
+)
+def test_every_unit_is_dealt_once_and_nobody_is_late_for_more_than_one(costs: list[int], speeds: list[float]) -> None:
+    dealt = shares.deal(costs, speeds)
+    assert sorted(unit for share in dealt for unit in share) == list(range(len(costs)))
+    best = sum(costs) / sum(speeds)
+    for share, speed in zip(dealt, speeds, strict=True):
+        rest = sum(costs[unit] for unit in share) - min((costs[unit] for unit in share), default=0)
+        assert rest / speed <= best * (1 + 1e-9), "without its smallest unit it would have been done in the best time"
+
+
+def test_equal_replicas_have_equal_shares_although_speeds_are_noisy() -> None:
+    assert [len(share) for share in shares.deal([100] * 8, [1.0, 1.2])] == [4, 4]
+    assert [len(share) for share in shares.deal([100] * 8, [3.0, 1.0])] == [6, 2]
+    assert [len(share) for share in shares.deal([100] * 8, [1.0, 0.01])] == [8, 0]
+
+
+def test_a_replica_without_work_is_tried_again() -> None:
+    speed, tried = 0.01, 0
+    while not shares.deal([100] * 8, [1.0, speed])[1]:
+        speed = shares.idle(speed, 1.0)
+        tried += 1
+    assert 1 <= tried < 20

@@ -1,0 +1,51 @@
+"""The simulator of ``zotune bench cluster``: limits that can be computed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zotune.bench.cluster import Conditions, Costs, simulate, step_seconds
+from zotune.errors import ConfigError
+
+COSTS = Costs(unit=0.1, common=0.02, call=0.001, driver=0.002, start=60.0)
+CALM = Conditions(latency=0.003, jitter=0.0, failures=0.0)
+
+
+@pytest.mark.parametrize(("replicas", "share"), [(1, 8), (2, 4), (3, 3), (8, 1), (100, 1)])
+def test_without_jitter_and_losses_a_step_is_what_its_largest_share_costs(replicas: int, share: int) -> None:
+    last_asked = min(replicas, {1: 1, 2: 2, 3: 2, 8: 8, 100: 8}[replicas])
+    expected = 0.002 + 0.003 + share * 0.1 + 0.02 + last_asked * 0.0005 + 0.0005
+    assert step_seconds(COSTS, CALM, 8, replicas) == pytest.approx(expected)
+
+
+@given(seed=st.integers(0, 100), replicas=st.integers(1, 64))
+def test_jitter_makes_a_step_wait_for_the_slowest(seed: int, replicas: int) -> None:
+    calm = step_seconds(COSTS, CALM, replicas, replicas)
+    jittery = step_seconds(COSTS, replace(CALM, jitter=0.2), replicas, replicas, seed)
+    assert jittery > 0.95 * calm
+    if replicas >= 8:
+        assert jittery > 1.1 * calm
+
+
+def test_losses_cost_what_is_missing_meanwhile() -> None:
+    """Forty replicas, of which on average two are being replaced, work at the speed of 38 or a little less."""
+    losses = replace(CALM, failures=0.05 * 3600 / COSTS.start)
+    found = step_seconds(COSTS, losses, 1520, 40)
+    assert 1.0 < found / step_seconds(COSTS, CALM, 1520, 38) < 1.06
+
+
+def test_efficiency_is_against_one_replica_and_the_driver_bounds_it() -> None:
+    found = simulate(COSTS, CALM, 8, (1, 2, 4096))
+    assert found[0].fixed_efficiency == found[0].grown_efficiency == pytest.approx(1)
+    assert 0.9 < found[1].fixed_efficiency < 1
+    assert found[2].grown_s > 4096 * COSTS.call
+    assert found[2].fixed_s < 2 * found[1].fixed_s
+
+
+def test_nothing_to_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        step_seconds(COSTS, CALM, 0, 1)
