@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import HEAD_SIZE, engines, write
+from engines import HEAD_SIZE, engines
+from tiny_checkpoint import write
 
 from zotune.errors import ConfigError
 from zotune.optimizer import Method, Optimizer
