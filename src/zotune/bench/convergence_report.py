@@ -1,0 +1,177 @@
+"""What trainings came to: tables over seeds in Markdown, and a picture of the learning curves."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zotune.bench.curve import Curve, Point, reached, restored
+from zotune.bench.results import Result
+from zotune.progress import duration
+from zotune.watching.metrics import number
+from zotune.watching.overlays import PALETTE
+from zotune.watching.plots import INK, in_percent, panels, save
+
+if TYPE_CHECKING:
+    pass
+
+TARGETS = (0.7, 0.75, 0.8)
+"""Accuracies that are to be reached where nobody says which."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trainings that differ in nothing but the seed.
+
+    Attributes:
+        task: What was learnt.
+        method: By what.
+        curves: One per seed.
+    """
+
+    task: str
+    method: str
+    curves: tuple[Curve, ...]
+
+
+def render(results: Sequence[Result], out: Path, targets: Sequence[float] = TARGETS) -> str:
+    """Tables in Markdown; the picture, ``convergence-TASK.png`` for each task, goes into a folder.
+
+    Args:
+        results: Of kind ``convergence``; failed ones are listed by themselves.
+        out: Where the pictures go.
+        targets: Accuracies to reach.
+
+    Raises:
+        ConfigError: A picture cannot be written.
+    """
+    found = groups(results)
+    parts = []
+    for task in dict.fromkeys(group.task for group in found):
+        of_task = [group for group in found if group.task == task]
+        picture = _draw(of_task, out / f"convergence-{task}.png")
+        parts += [f"### {task}", _outcomes(of_task), _targets(of_task, targets), f"![{task}]({picture.name})"]
+    failed = [result for result in results if "error" in result.figures]
+    parts += [f"{_told(result)} failed: {result.figures['error']}" for result in failed]
+    return "\n\n".join(parts) + "\n"
+
+
+def record(results: Sequence[Result], targets: Sequence[float] = TARGETS) -> dict[str, Any]:
+    """All results as JSON takes them, with the first point of each curve that reaches a target, or null."""
+    return {"results": [{**vars(result), "reached": _reached(result, targets)} for result in results]}
+
+
+def groups(results: Iterable[Result]) -> list[Group]:
+    """The trainings that came to an end, seeds put together, in the order of the results."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if "error" not in result.figures:
+            found.setdefault(_but_for_the_seed(result), []).append(result)
+    return [
+        Group(each[0].case["task"], each[0].case["method"], tuple(restored(one.figures) for one in each))
+        for each in found.values()
+    ]
+
+
+def _but_for_the_seed(result: Result) -> str:
+    case = json.loads(json.dumps(dict(result.case)))
+    del case["seed"], case["config"]["train"]["seed"]
+    return json.dumps(case, sort_keys=True)
+
+
+def _reached(result: Result, targets: Sequence[float]) -> dict[str, Any]:
+    if "error" in result.figures:
+        return {}
+    points = {target: reached(restored(result.figures), target) for target in targets}
+    return {f"{target:g}": point and asdict(point) for target, point in points.items()}
+
+
+def _outcomes(found: Sequence[Group]) -> str:
+    """What each method had learnt at the end."""
+    head = ("method", "seeds", "steps", "loss", "accuracy", "best accuracy", "row forwards", "tokens", "training")
+    return _table(head, [_outcome(group) for group in found])
+
+
+def _outcome(group: Group) -> list[str]:
+    last = [curve[-1] for curve in group.curves]
+    best = [
+        max((point.accuracy for point in curve if point.accuracy is not None), default=None) for curve in group.curves
+    ]
+    return [
+        group.method,
+        str(len(last)),
+        str(last[0].step),
+        _spread([point.loss for point in last], "{:.3f}".format),
+        _spread([point.accuracy for point in last], _percent),
+        _spread(best, _percent),
+        f"{statistics.fmean(point.rows for point in last):,.0f}",
+        f"{statistics.fmean(point.tokens for point in last):,.0f}",
+        duration(statistics.fmean(point.seconds for point in last)),
+    ]
+
+
+def _targets(found: Sequence[Group], targets: Sequence[float]) -> str:
+    """What it took to reach accuracies, means over the seeds that did."""
+    head = ["method", *(f"to {100 * target:.4g} %: steps, row forwards, time" for target in targets)]
+    costs = [[_cost([reached(curve, target) for curve in group.curves]) for target in targets] for group in found]
+    return _table(head, [[group.method, *each] for group, each in zip(found, costs, strict=True)])
+
+
+def _cost(points: Sequence[Point | None]) -> str:
+    there = [point for point in points if point is not None]
+    if not there:
+        return "not reached"
+    steps, rows, seconds = (
+        statistics.fmean(each) for each in zip(*((p.step, p.rows, p.seconds) for p in there), strict=True)
+    )
+    who = "" if len(there) == len(points) else f" ({len(there)} of {len(points)} seeds)"
+    return f"{steps:.0f}, {rows:,.0f}, {duration(seconds)}{who}"
+
+
+def _spread(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
+    """Mean and sample standard deviation (n - 1) over seeds."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "not finite"
+    mean = shown(statistics.fmean(known))
+    return mean if len(known) < 2 else f"{mean} ± {shown(statistics.stdev(known))}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _told(result: Result) -> str:
+    return f"{result.case['method']}, {result.case['task']}, seed {result.case['seed']}"
+
+
+def _draw(found: Sequence[Group], out: Path) -> Path:
+    """Loss by steps, and accuracy by forwards and by time; a line per seed, a colour per method."""
+    figure, axes = panels(3)
+    for place, group in enumerate(found):
+        style: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "marker": "o", "markersize": 4, "alpha": 0.8}
+        for number_of_seed, curve in enumerate(group.curves):
+            label = None if number_of_seed else group.method
+            accuracies = [number(point.accuracy) for point in curve]
+            axes[0].plot([point.step for point in curve], [number(point.loss) for point in curve], label=label, **style)
+            axes[1].plot([point.rows for point in curve], accuracies, **style)
+            axes[2].plot([point.seconds for point in curve], accuracies, **style)
+    for panel, x, y in zip(
+        axes, ("step", "row forwards", "seconds of training"), ("validation loss", "accuracy", "accuracy"), strict=True
+    ):
+        panel.set(xlabel=x, ylabel=y)
+    for panel in axes[1:]:
+        in_percent(panel)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, labelcolor=INK
+    )
+    return save(figure, out)
