@@ -164,7 +164,7 @@ def test_a_training_that_fails_is_a_result_and_the_others_go_on(options: dict[st
     text = convergence_report.render(results, options["out"])
     assert "lozo, rte, seed 0 failed: " in text
     assert "the candidates 'Yes' and 'No' have the same tokens" in text
-    assert "| lozo | 1 | 4 |" in text
+    assert "| lozo | 1 | 4 x 4 |" in text
 
 
 def test_a_training_that_diverged_fails_again_without_training(options: dict[str, Any]) -> None:
@@ -187,17 +187,22 @@ def made(method: str, seed: int, *accuracies: float) -> Result:
         }
         for i, share in enumerate(accuracies)
     ]
-    case = {"method": method, "task": "sst2", "seed": seed, "config": {"train": {"seed": seed, "steps": 10}}}
+    config = {
+        "model": {"path": "tiny", "dtype": "float32"},
+        "data": {"validation_size": 24},
+        "train": {"seed": seed, "batch_size": 16},
+    }
+    case = {"method": method, "task": "sst2", "seed": seed, "config": config}
     return Result("convergence", case, {"curve": curve_}, {})
 
 
 def test_the_report_spreads_over_seeds_and_says_what_was_not_reached(tmp_path: Path) -> None:
     results = [made("lozo", 0, 0.5, 0.7, 0.8), made("mezo", 0, 0.5, 0.55), made("lozo", 1, 0.5, 0.6, 0.7)]
     text = convergence_report.render(results, tmp_path, [0.7, 0.8, 0.9])
-    assert "| lozo | 2 | 20 | 0.250 ± 0.071 | 75.0 ± 7.1 | 75.0 ± 7.1 | 640 | 12,800 | 0:10 |" in text
-    assert "| mezo | 1 | 10 | 0.450 | 55.0 | 55.0 | 320 | 6,400 | 0:05 |" in text
+    assert "| lozo | 2 | 20 x 16 | 0.250 ± 0.071 | 75.0 ± 7.1 | 75.0 ± 7.1 | 640 | 12,800 | 0:10 |" in text
+    assert "| mezo | 1 | 10 x 16 | 0.450 | 55.0 | 55.0 | 320 | 6,400 | 0:05 |" in text
     assert "| lozo | 15, 480, 0:08 | 20, 640, 0:10 (1 of 2 seeds) | not reached |" in text
-    assert (tmp_path / "convergence-sst2.png").stat().st_size > 10_000
+    assert (tmp_path / "convergence-sst2-tiny-float32-24-validation-rows.png").stat().st_size > 10_000
     assert text == convergence_report.render(results, tmp_path, [0.7, 0.8, 0.9])
 
 
@@ -217,7 +222,7 @@ def test_the_command_goes_on_and_speaks_json(options: dict[str, Any]) -> None:
     assert "2 cases are left" in first.stderr
     done = CliRunner().invoke(cli.app, words)
     assert done.exit_code == 0, done.output
-    assert "### sst2" in done.stdout
+    assert "### sst2, " in done.stdout
     again = CliRunner().invoke(cli.app, [*words, "--json", "--targets", "0.1,1.1"])
     assert "2 of 2 cases are measured already" in again.stderr
     (line,) = again.stdout.splitlines()

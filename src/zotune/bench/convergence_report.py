@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,18 +29,20 @@ class Group:
     """Trainings that differ in nothing but the seed.
 
     Attributes:
-        task: What was learnt.
-        method: By what.
+        setting: Task, model, dtype and rows to evaluate on: what figures must have in common to be compared.
+        method: What learnt.
+        batch_size: Examples per step.
         curves: One per seed.
     """
 
-    task: str
+    setting: str
     method: str
+    batch_size: int
     curves: tuple[Curve, ...]
 
 
 def render(results: Sequence[Result], out: Path, targets: Sequence[float] = TARGETS) -> str:
-    """Tables in Markdown; the picture, ``convergence-TASK.png`` for each task, goes into a folder.
+    """Tables in Markdown, with a picture for each task, model and dtype, which goes into a folder.
 
     Args:
         results: Of kind ``convergence``; failed ones are listed by themselves.
@@ -51,10 +54,10 @@ def render(results: Sequence[Result], out: Path, targets: Sequence[float] = TARG
     """
     found = groups(results)
     parts = []
-    for task in dict.fromkeys(group.task for group in found):
-        of_task = [group for group in found if group.task == task]
-        picture = _draw(of_task, out / f"convergence-{task}.png")
-        parts += [f"### {task}", _outcomes(of_task), _targets(of_task, targets), f"![{task}]({picture.name})"]
+    for setting in dict.fromkeys(group.setting for group in found):
+        alike = [group for group in found if group.setting == setting]
+        picture = _draw(alike, out / f"convergence-{re.sub(r'[^a-z0-9]+', '-', setting.lower())}.png")
+        parts += [f"### {setting}", _outcomes(alike), _targets(alike, targets), f"![{setting}]({picture.name})"]
     failed = [result for result in results if "error" in result.figures]
     parts += [f"{_told(result)} failed: {result.figures['error']}" for result in failed]
     return "\n\n".join(parts) + "\n"
@@ -71,10 +74,15 @@ def groups(results: Iterable[Result]) -> list[Group]:
     for result in results:
         if "error" not in result.figures:
             found.setdefault(_but_for_the_seed(result), []).append(result)
-    return [
-        Group(each[0].case["task"], each[0].case["method"], tuple(restored(one.figures) for one in each))
-        for each in found.values()
-    ]
+    return [_group(each) for each in found.values()]
+
+
+def _group(alike: Sequence[Result]) -> Group:
+    case = alike[0].case
+    model, data, train = (case["config"][table] for table in ("model", "data", "train"))
+    setting = f"{case['task']}, {model['path']}, {model['dtype']}, {data['validation_size']} validation rows"
+    curves = tuple(restored(result.figures) for result in alike)
+    return Group(setting, case["method"], train["batch_size"], curves)
 
 
 def _but_for_the_seed(result: Result) -> str:
@@ -92,7 +100,17 @@ def _reached(result: Result, targets: Sequence[float]) -> dict[str, Any]:
 
 def _outcomes(found: Sequence[Group]) -> str:
     """What each method had learnt at the end."""
-    head = ("method", "seeds", "steps", "loss", "accuracy", "best accuracy", "row forwards", "tokens", "training")
+    head = (
+        "method",
+        "seeds",
+        "steps x batch",
+        "loss",
+        "accuracy",
+        "best accuracy",
+        "row forwards",
+        "tokens",
+        "training",
+    )
     return _table(head, [_outcome(group) for group in found])
 
 
@@ -104,7 +122,7 @@ def _outcome(group: Group) -> list[str]:
     return [
         group.method,
         str(len(last)),
-        str(last[0].step),
+        f"{last[0].step} x {group.batch_size}",
         _spread([point.loss for point in last], "{:.3f}".format),
         _spread([point.accuracy for point in last], _percent),
         _spread(best, _percent),
