@@ -161,7 +161,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any
 def test_a_training_that_fails_is_a_result_and_the_others_go_on(options: dict[str, Any]) -> None:
     # The tiny tokenizer knows neither of RTE's candidates.
     results = convergence(["lozo"], tasks=["rte", "sst2"], **options)
-    text = convergence_report.render(results, options["out"])
+    text = convergence_report.markdown(results)
     assert "lozo, rte, seed 0 failed: " in text
     assert "the candidates 'Yes' and 'No' have the same tokens" in text
     assert "| lozo | 1 | 4 x 4 |" in text
@@ -196,17 +196,21 @@ def made(method: str, seed: int, *accuracies: float) -> Result:
     return Result("convergence", case, {"curve": curve_}, {})
 
 
-def test_the_report_spreads_over_seeds_and_says_what_was_not_reached(tmp_path: Path) -> None:
+def test_the_report_spreads_over_seeds_and_says_what_was_not_reached() -> None:
     results = [made("lozo", 0, 0.5, 0.7, 0.8), made("mezo", 0, 0.5, 0.55), made("lozo", 1, 0.5, 0.6, 0.7)]
-    text = convergence_report.render(results, tmp_path, [0.7, 0.8, 0.9])
+    text = convergence_report.markdown(results, [0.7, 0.8, 0.9])
     assert "| lozo | 2 | 20 x 16 | 0.250 ± 0.071 | 75.0 ± 7.1 | 75.0 ± 7.1 | 640 | 12,800 | 0:10 |" in text
     assert "| mezo | 1 | 10 x 16 | 0.450 | 55.0 | 55.0 | 320 | 6,400 | 0:05 |" in text
     assert "| lozo | 15, 480, 0:08 | 20, 640, 0:10 (1 of 2 seeds) | not reached |" in text
-    assert (tmp_path / "convergence-sst2-tiny-float32-24-validation-rows.png").stat().st_size > 10_000
-    assert text == convergence_report.render(results, tmp_path, [0.7, 0.8, 0.9])
+    ((name, draw),) = convergence_report.pictures(results).items()
+    assert name == "convergence-sst2-tiny-float32-24-validation-rows"
+    loss, by_forwards, by_time = draw().axes
+    # Two seeds of one method and one of the other.
+    assert [len(panel.get_lines()) for panel in (loss, by_forwards, by_time)] == [3, 3, 3]
+    assert list(by_forwards.get_lines()[0].get_xdata()) == [0, 320, 640]
 
 
-def test_a_target_that_is_never_reached_is_null(tmp_path: Path) -> None:
+def test_a_target_that_is_never_reached_is_null() -> None:
     record = convergence_report.record([made("lozo", 0, 0.5, 0.75)], [0.7, 0.8])
     (result,) = record["results"]
     assert result["reached"]["0.8"] is None

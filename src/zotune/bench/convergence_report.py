@@ -1,4 +1,4 @@
-"""What trainings came to: tables over seeds in Markdown, and a picture of the learning curves."""
+"""The report on ``zotune bench convergence``: tables over seeds, and pictures of the learning curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zotune.bench.curve import Curve, Point, reached, restored
@@ -15,7 +15,10 @@ from zotune.bench.results import Result
 from zotune.progress import duration
 from zotune.watching.metrics import number
 from zotune.watching.overlays import PALETTE
-from zotune.watching.plots import INK, in_percent, panels, save
+from zotune.watching.plots import INK, in_percent, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     pass
@@ -41,26 +44,27 @@ class Group:
     curves: tuple[Curve, ...]
 
 
-def render(results: Sequence[Result], out: Path, targets: Sequence[float] = TARGETS) -> str:
-    """Tables in Markdown, with a picture for each task, model and dtype, which goes into a folder.
+def markdown(results: Sequence[Result], targets: Sequence[float] = TARGETS) -> str:
+    """Tables for each task and model: what was learnt in the end, and what it took to reach accuracies.
 
     Args:
         results: Of kind ``convergence``; failed ones are listed by themselves.
-        out: Where the pictures go.
         targets: Accuracies to reach.
-
-    Raises:
-        ConfigError: A picture cannot be written.
     """
-    found = groups(results)
     parts = []
-    for setting in dict.fromkeys(group.setting for group in found):
-        alike = [group for group in found if group.setting == setting]
-        picture = _draw(alike, out / f"convergence-{re.sub(r'[^a-z0-9]+', '-', setting.lower())}.png")
-        parts += [f"### {setting}", _outcomes(alike), _targets(alike, targets), f"![{setting}]({picture.name})"]
+    for setting, alike in _by_setting(results).items():
+        parts += [f"### {setting}", _outcomes(alike), _targets(alike, targets)]
     failed = [result for result in results if "error" in result.figures]
     parts += [f"{_told(result)} failed: {result.figures['error']}" for result in failed]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
+
+
+def pictures(results: Sequence[Result]) -> dict[str, Callable[[], Figure]]:
+    """By file name without an ending, what draws the learning curves of each task and model."""
+    return {
+        f"convergence-{re.sub('[^a-z0-9]+', '-', setting.lower())}": partial(_draw, alike)
+        for setting, alike in _by_setting(results).items()
+    }
 
 
 def record(results: Sequence[Result], targets: Sequence[float] = TARGETS) -> dict[str, Any]:
@@ -75,6 +79,13 @@ def groups(results: Iterable[Result]) -> list[Group]:
         if "error" not in result.figures:
             found.setdefault(_but_for_the_seed(result), []).append(result)
     return [_group(each) for each in found.values()]
+
+
+def _by_setting(results: Sequence[Result]) -> dict[str, list[Group]]:
+    found: dict[str, list[Group]] = {}
+    for group in groups(results):
+        found.setdefault(group.setting, []).append(group)
+    return found
 
 
 def _group(alike: Sequence[Result]) -> Group:
@@ -172,7 +183,7 @@ def _told(result: Result) -> str:
     return f"{result.case['method']}, {result.case['task']}, seed {result.case['seed']}"
 
 
-def _draw(found: Sequence[Group], out: Path) -> Path:
+def _draw(found: Sequence[Group]) -> Figure:
     """Loss by steps, and accuracy by forwards and by time; a line per seed, a colour per method."""
     figure, axes = panels(3)
     for place, group in enumerate(found):
@@ -192,4 +203,4 @@ def _draw(found: Sequence[Group], out: Path) -> Path:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, labelcolor=INK
     )
-    return save(figure, out)
+    return figure

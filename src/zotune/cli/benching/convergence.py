@@ -68,7 +68,7 @@ def bench_convergence(
     if as_json:
         print_json(convergence_report.record(results, wanted))
     else:
-        typer.echo(convergence_report.render(results, out, wanted))
+        typer.echo(convergence_report.markdown(results, wanted))
 
 
 def _numbers(kind: Callable[[str], Number], option: str, text: str) -> list[Number]:
