@@ -175,6 +175,18 @@ def test_a_training_that_diverged_fails_again_without_training(options: dict[str
     assert "diverged after" in second.figures["error"]
 
 
+def test_the_official_loss_is_not_taken_for_another(options: dict[str, Any]) -> None:
+    folder = options["data"] / "copa"
+    folder.mkdir()
+    choices = {"choice1": "It was dull", "choice2": "It was fine"}
+    row = {"premise": "the film was weak.", "question": "effect", "label": 0, **choices}
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    ours, theirs = convergence(["lozo", "official-lozo"], tasks=["copa"], **options)
+    assert ours.figures["accuracy"] in (0.0, 1.0)
+    assert "cross-entropy over candidates, and copa" in theirs.figures["error"]
+
+
 def made(method: str, seed: int, *accuracies: float) -> Result:
     curve_ = [
         {

@@ -13,7 +13,9 @@ from zotune.bench.curve import Evaluated, Spent
 from zotune.config import Config
 from zotune.data import BatchOrder, Dataset
 from zotune.data import load as load_data
+from zotune.errors import ConfigError
 from zotune.evaluate import Metrics, evaluate
+from zotune.objectives import CandidateCrossEntropy
 from zotune.optimizer import Method
 from zotune.presets import resolve
 from zotune.rows import Example
@@ -34,24 +36,20 @@ class Procedure:
     """How a peer trains.
 
     Attributes:
-        preset: The preset that it publishes as; its defaults are the procedure's.
+        preset: The preset whose defaults it has.
         settings: Keys of the table ``[method]`` that mean something to it.
-        begin: Takes a model, which the steps then change in place, the method and a seed.
+        begin: Takes a run's configuration, its model, which the steps then change in place, and its data.
         spent: What a step on a batch computes.
     """
 
     preset: str
     settings: frozenset[str]
-    begin: Callable[[Any, Method, int], Stepping]
+    begin: Callable[[Config, Any, Dataset], Stepping]
     spent: Callable[[Sequence[Example]], Spent]
 
 
-def _padded(batch: Sequence[Example]) -> Spent:
-    """Two forwards over a padded sequence per candidate."""
-    return Spent(2 * sum(len(example.row.candidates) for example in batch), work.padded_tokens(batch))
-
-
-def _lozo(model: Any, method: Method, seed: int) -> Stepping:
+def _lozo(config: Config, model: Any, data: Dataset) -> Stepping:
+    method = _classifying(config, data)
     return OfficialLozo(
         model,
         lr=method.lr,
@@ -59,12 +57,28 @@ def _lozo(model: Any, method: Method, seed: int) -> Stepping:
         rank=method.rank,
         interval=method.interval,
         weight_decay=method.weight_decay,
-        seed=seed,
+        seed=config.train.seed,
     )
 
 
-def _mezo(model: Any, method: Method, seed: int) -> Stepping:
-    return OfficialMezo(model, lr=method.lr, eps=method.eps, weight_decay=method.weight_decay, seed=seed)
+def _mezo(config: Config, model: Any, data: Dataset) -> Stepping:
+    method = _classifying(config, data)
+    return OfficialMezo(model, lr=method.lr, eps=method.eps, weight_decay=method.weight_decay, seed=config.train.seed)
+
+
+def _classifying(config: Config, data: Dataset) -> Method:
+    """The method, where the official loss, which is that of classification, is the task's."""
+    if not isinstance(data.objective, CandidateCrossEntropy):
+        raise ConfigError(
+            f"the official step learns the cross-entropy over candidates, and {config.data.task} the likelihood of the "
+            "right one; compare presets there"
+        )
+    return resolve(config.method)
+
+
+def _padded(batch: Sequence[Example]) -> Spent:
+    """Two forwards over a padded sequence per candidate."""
+    return Spent(2 * sum(len(example.row.candidates) for example in batch), work.padded_tokens(batch))
 
 
 _DENSE = frozenset({"lr", "eps", "weight_decay"})
@@ -92,7 +106,7 @@ def train(procedure: Procedure, config: Config) -> Iterator[Evaluated]:
     model, data = load(config)
     steps, every = config.train.steps, config.train.eval_every
     order = BatchOrder(len(data.train), config.train.batch_size, config.train.seed)
-    stepping = procedure.begin(model, resolve(config.method), config.train.seed)
+    stepping = procedure.begin(config, model, data)
     seconds = 0.0
     for step in range(steps):
         if step % every == 0:
