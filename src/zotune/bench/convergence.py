@@ -18,7 +18,7 @@ from zotune.bench.contenders import Contender, Entry, enter
 from zotune.bench.curve import Evaluated, Spent
 from zotune.bench.procedures import PROCEDURES, load, train
 from zotune.bench.results import Case, Result, Results
-from zotune.bench.steps import threads_set
+from zotune.bench.steps import resolved, threads_set
 from zotune.data import BatchOrder
 from zotune.errors import ModelError
 from zotune.progress import SilentReporter
@@ -67,7 +67,7 @@ def convergence(
         data: Folder with a folder per task that has ``train`` and ``validation`` rows, as ``.jsonl.gz`` or ``.jsonl``;
             default: the hub's.
         validation_rows: To evaluate on; default: as many as the task says.
-        dtype: Of the model, on all sides.
+        dtype: Of the model, on all sides; ``auto``: bfloat16 where the device multiplies it natively, else float32.
         threads: CPU threads; default: PyTorch's.
         retry: Measure again what failed.
         minutes: Begin no training after so long.
@@ -81,7 +81,7 @@ def convergence(
         DataError: Rows are not there.
     """
     base: dict[str, Any] = {
-        "model": {"path": model or str(demo.fetch().model), "dtype": dtype},
+        "model": {"path": model or str(demo.fetch().model), "dtype": resolved(dtype)},
         "data": {"validation_size": validation_rows} if validation_rows else {},
         # A checkpoint is as large as the model, and the journal alone gives back any step.
         "train": {"steps": steps, "batch_size": batch_size, "eval_every": eval_every, "keep_checkpoints": 1},
