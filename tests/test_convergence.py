@@ -15,7 +15,7 @@ from zotune import cli
 from zotune.bench import contenders, convergence_report, curve, procedures
 from zotune.bench import convergence as bench
 from zotune.bench.convergence import convergence
-from zotune.bench.results import Result
+from zotune.bench.results import Result, every
 from zotune.errors import ConfigError, DataError
 from zotune.testing.baselines.official import OfficialLozo
 
@@ -120,6 +120,7 @@ def test_a_case_goes_on_within_itself(options: dict[str, Any], monkeypatch: pyte
     assert [(p.step, p.loss, p.accuracy, p.rows) for p in points(resumed)] == [
         (p.step, p.loss, p.accuracy, p.rows) for p in points(whole)
     ]
+    assert every(options["out"]) == [resumed], "run directories lie beside the results and are none"
     before = contents(options["out"])
     assert convergence(["lozo,lr=1e-3"], **options) == [resumed]
     assert contents(options["out"]) == before
