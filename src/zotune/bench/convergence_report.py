@@ -20,9 +20,6 @@ from zotune.watching.plots import INK, in_percent, panels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    pass
-
 TARGETS = (0.7, 0.75, 0.8)
 """Accuracies that are to be reached where nobody says which."""
 
