@@ -86,7 +86,8 @@ def test_judging_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
 
 
 def test_forwards_and_tokens_are_counted_as_they_are_computed(options: dict[str, Any]) -> None:
-    methods = ["lozo", "lozo,directions=3", "lozo,directions=3,estimator=one-sided", "official-lozo"]
+    several = "lozo,lr=1e-3,directions=3"
+    methods = ["lozo,lr=1e-3", several, f"{several},estimator=one-sided", "official-lozo"]
     found = [points(result) for result in convergence(methods, **options)]
     # 4 steps of 4 rows; two probes a direction, or one and the clean model; a sequence per candidate in the official's.
     assert [each[-1].rows for each in found] == [32, 96, 64, 64]
@@ -98,6 +99,17 @@ def test_forwards_and_tokens_are_counted_as_they_are_computed(options: dict[str,
     assert found[3][-1].tokens == sum(2 * 8 * (-(-length // 8) * 8) for length in longest)
     assert [(each[0].rows, each[0].tokens, each[0].seconds) for each in found] == [(0, 0, 0.0)] * 4
     assert all(each[0].seconds < each[1].seconds < each[2].seconds for each in found)
+
+
+def test_a_learning_rate_that_is_chosen_is_told_and_its_probes_count(options: dict[str, Any]) -> None:
+    chosen, theirs = convergence(["lozo,directions=3,batch_size=2", "official-lozo"], **options)
+    # 11 steps of 3 directions are probed, and then 4 are taken, of 2 rows each.
+    assert [point.rows for point in points(chosen)] == [132, 156, 180]
+    assert chosen.case["config"]["method"]["lr"] == "auto"
+    assert 0 < chosen.figures["lr"] < 1
+    assert theirs.figures["lr"] == theirs.case["config"]["method"]["lr"] == 1e-6
+    again = convergence(["lozo,directions=3,batch_size=2"], retry=True, **options)
+    assert again == [chosen]
 
 
 def test_a_case_goes_on_within_itself(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +181,7 @@ def test_a_training_that_fails_is_a_result_and_the_others_go_on(options: dict[st
 
 
 def test_a_training_that_diverged_fails_again_without_training(options: dict[str, Any]) -> None:
-    methods = ["lozo,eps=1e38,steps=12"]
+    methods = ["lozo,lr=1e-3,eps=1e38,steps=12"]
     (first,) = convergence(methods, **options)
     assert "was not finite in 10 steps in a row" in first.figures["error"]
     (second,) = convergence(methods, retry=True, **options)

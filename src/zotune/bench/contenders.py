@@ -66,6 +66,9 @@ class Contender:
         table = copy.deepcopy(dict(base))
         preset = PROCEDURES[self.name].preset if self.name in PROCEDURES else self.name
         configuration.assign(table, "method.preset", preset)
+        if self.name in PROCEDURES:
+            # A peer's procedure chooses none by itself.
+            configuration.assign(table, "method.lr", PRESETS[preset].method.lr)
         for setting in self.settings:
             section = "train" if setting.partition("=")[0].strip() in TRAINING else "method"
             configuration.override(table, f"{section}.{setting}")

@@ -19,8 +19,12 @@ from zotune.bench.curve import Evaluated, Spent
 from zotune.bench.procedures import PROCEDURES, load, train
 from zotune.bench.results import Case, Result, Results
 from zotune.bench.steps import resolved, threads_set
+from zotune.config import AUTO
 from zotune.data import BatchOrder
 from zotune.errors import ModelError
+from zotune.journal.branches import open_run
+from zotune.learning_rate import probed_steps
+from zotune.presets import resolve
 from zotune.progress import SilentReporter
 from zotune.rows import Example
 from zotune.run import RunDirectory
@@ -109,15 +113,20 @@ def measure(entry: Entry) -> cases.Figures:
     """Train, or go on training, and give the learning curve."""
     try:
         if procedure := PROCEDURES.get(entry.contender.name):
-            found, spent = list(train(procedure, entry.config)), procedure.spent
+            found, spent, lr = list(train(procedure, entry.config)), procedure.spent, entry.config.method.lr
         else:
-            found, spent = _run(entry), _packed(probes_per_step(entry.config))
+            found, lr = _run(entry)
+            spent = _packed(probes_per_step(entry.config))
     finally:
         release()
     _, data = load(entry.config, mapped=True)
-    options = entry.config.train
+    method, options = entry.config.method, entry.config.train
     order = BatchOrder(len(data.train), options.batch_size, options.seed)
-    return curve.figures(curve.along(found, curve.spending(spent, data.train, order, options.steps)))
+    probed = probed_steps(resolve(method)) if method.lr == AUTO else 0
+    return {
+        **curve.figures(curve.along(found, curve.spending(spent, data.train, order, options.steps, probed))),
+        "lr": lr,
+    }
 
 
 def _cost(entry: Entry) -> float:
@@ -131,15 +140,15 @@ def _packed(probes: int) -> Callable[[Sequence[Example]], Spent]:
     return lambda batch: Spent(probes * len(batch), work.step_tokens([example.row for example in batch], probes))
 
 
-def _run(entry: Entry) -> list[Evaluated]:
-    """Start or go on with a preset's run, and read what it recorded."""
+def _run(entry: Entry) -> tuple[list[Evaluated], Any]:
+    """Start or go on with a preset's run, and read what it recorded, and with which learning rate."""
     planned = Planned(Path(entry.config.output).name, {}, entry.config)
     where = whereabouts(planned)
     if where.state in ("failed", "diverged"):
         raise ModelError(where.reason or f"{planned.path} diverged after {where.steps} steps")
     if where.state in ("waiting", "interrupted"):
         carry_on(planned, where, SilentReporter())
-    return list(_recorded(planned.path))
+    return list(_recorded(planned.path)), open_run(planned.path)[1].method.lr
 
 
 def _recorded(run: Path) -> Iterable[Evaluated]:

@@ -85,11 +85,23 @@ def along(found: Iterable[Evaluated], spent: Sequence[Spent]) -> Curve:
 
 
 def spending(
-    step: Callable[[Sequence[Example]], Spent], train: Sequence[Example], order: BatchOrder, steps: int
+    step: Callable[[Sequence[Example]], Spent],
+    train: Sequence[Example],
+    order: BatchOrder,
+    steps: int,
+    probed: int = 0,
 ) -> list[Spent]:
-    """What has been spent after 0, 1, ... ``steps`` steps, given what a step on a batch computes."""
-    batches = ([train[index] for index in order.indices(number)] for number in range(steps))
-    return list(accumulate(map(step, batches), initial=Spent()))
+    """What has been spent after 0, 1, ... ``steps`` steps.
+
+    Args:
+        step: What a step on a batch computes.
+        train: The training rows.
+        order: Of the batches.
+        steps: Of the training.
+        probed: Steps whose probes were scored before the first one, to choose a learning rate.
+    """
+    each = [step([train[index] for index in order.indices(number)]) for number in range(max(steps, probed))]
+    return list(accumulate(each[:steps], initial=sum(each[:probed], Spent())))
 
 
 def reached(curve: Curve, accuracy: float) -> Point | None:

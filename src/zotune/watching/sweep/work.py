@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
-from zotune.config import Config
+from zotune.config import AUTO, Config
 from zotune.errors import ZotuneError
 from zotune.journal.branches import open_run
 from zotune.progress import Reporter
@@ -88,6 +88,9 @@ def release() -> None:
 def _other(found: Config, planned: Config) -> str:
     """In what a run directory's configuration is not the planned one; who is told of a run does not count."""
     there, here = values(found), values(planned)
+    if planned.method.lr == AUTO:
+        # The run has the one that was chosen when it began.
+        here["method.lr"] = found.method.lr
     parts = (
         f"{key} is {shown(there.get(key))} there and {shown(here.get(key))} in the sweep"
         for key in dict.fromkeys([*there, *here])
