@@ -212,7 +212,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     table = read(path)
     for assignment in overrides:
-        _assign(table, assignment)
+        override(table, assignment)
     return parse(table, source=str(path))
 
 
@@ -239,8 +239,8 @@ def parse(table: dict[str, Any], source: str = "configuration") -> Config:
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
-def _assign(table: dict[str, Any], assignment: str) -> None:
-    """Carry out one ``section.key=value`` in place."""
+def override(table: dict[str, Any], assignment: str) -> None:
+    """Carry out one ``section.key=value`` in place; see `load`."""
     name, separator, text = assignment.partition("=")
     if not separator or not name.rpartition(".")[2].strip():
         raise ConfigError(f"cannot read the setting {assignment!r}: write it as section.key=value, e.g. train.steps=10")

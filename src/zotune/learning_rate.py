@@ -22,7 +22,7 @@ from statistics import fmean
 from zotune.config import AUTO
 from zotune.errors import ConfigError
 from zotune.estimators import ESTIMATORS
-from zotune.optimizer import Optimizer
+from zotune.optimizer import Method, Optimizer
 from zotune.protocol import DirectionKey, Proposal
 from zotune.session import Session
 
@@ -65,7 +65,7 @@ def automatic(session: Session) -> float:
     method = session.optimizer.method
     estimator = ESTIMATORS[method.estimator]
     levels, gains = [], []
-    for step in range(-(-DIRECTIONS // method.directions)):
+    for step in range(probed_steps(method)):
         proposal = _in_first_window(session.optimizer.ask(step))
         losses, eps = session.losses(proposal, session.batch(step)[0]), proposal.probes[-1].eps
         if all(map(math.isfinite, losses)):
@@ -79,6 +79,11 @@ def automatic(session: Session) -> float:
             "all equal. Set method.lr to a number, another method.eps, or model.dtype = 'float32'."
         )
     return float(f"{SHARE * math.sqrt(method.directions) * fmean(levels) / gain:.1e}")
+
+
+def probed_steps(method: Method) -> int:
+    """How many steps' batches and directions are probed."""
+    return -(-DIRECTIONS // method.directions)
 
 
 def _in_first_window(proposal: Proposal) -> Proposal:

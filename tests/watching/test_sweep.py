@@ -164,6 +164,14 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path, base: Config)
     assert [record["step"] for record in live.steps] == [3, 1, 2, 3]
 
 
+def test_a_run_that_chose_its_learning_rate_is_still_the_planned_one(tmp_path: Path, base: Config) -> None:
+    base = base.model_copy(update={"method": base.method.model_copy(update={"lr": "auto"})})
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
+    assert sweep.run(plan, SilentReporter) == {}
+    (row,) = sweep.summarise(plan).rows
+    assert (row.state, row.steps) == ("finished", 3)
+
+
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path, base: Config) -> None:
     missing = tmp_path / "no-model"
     rows = ["[[run]]", f'model.path = "{missing}"', "[[run]]", "train.seed = 1", "[[run]]", *WILD]

@@ -74,17 +74,21 @@ class Results:
 
 
 def every(folder: Path) -> list[Result]:
-    """All results in a folder and the folders in it, by file name.
+    """All results in a folder and the folders in it, run directories left out, by file name.
 
     Raises:
         DataError: The folder is not there, has no results, or one is damaged.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; give one that zotune bench wrote results to (--out)")
-    found = [_read(path) for path in sorted(folder.rglob("*.json"))]
+    found = [_read(path) for path in sorted(folder.rglob("*.json")) if not _is_of_a_run(path)]
     if not found:
         raise DataError(f"{folder} has no results (*.json); zotune bench scaling --out {folder} writes some")
     return found
+
+
+def _is_of_a_run(path: Path) -> bool:
+    return any((parent / "journal.jsonl").is_file() for parent in path.parents)
 
 
 def _read(path: Path) -> Result:
@@ -111,7 +115,7 @@ def machine() -> dict[str, Any]:
         "versions": versions() | _engines(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 

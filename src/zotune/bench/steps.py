@@ -158,18 +158,23 @@ def prepare(
     if data is not None:
         folder = Path(data)
         source = DataConfig(
-            task="sst2", train=str(_split(folder, "train")), validation=str(_split(folder, "validation"))
+            task="sst2", train=str(split_file(folder, "train")), validation=str(split_file(folder, "validation"))
         )
     else:
         source = demo.config(cast("demo.Assets", assets), Path("unused")).data
     return Setting(loaded, datasets.load(source, tokenizer, models.context_length(loaded)), batch_size)
 
 
-def _split(folder: Path, split: str) -> Path:
+def split_file(folder: Path, split: str) -> Path:
+    """The file with a split's rows.
+
+    Raises:
+        DataError: The folder has none.
+    """
     for name in (f"{split}.jsonl.gz", f"{split}.jsonl"):
         if (folder / name).is_file():
             return folder / name
-    raise DataError(f"{folder} has no {split}.jsonl.gz or {split}.jsonl; give a folder with SST-2's rows")
+    raise DataError(f"{folder} has no {split}.jsonl.gz or {split}.jsonl; give a folder with the task's rows")
 
 
 def check(dtype: str, baseline_dtype: str, scope: str, counts: Sequence[int]) -> None:

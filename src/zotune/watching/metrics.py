@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -69,6 +72,13 @@ class RunMetrics:
     def seconds(self) -> float:
         """Seconds of training, evaluations left out; a killed process may have lost those of its last step."""
         return sum(record["seconds"] or 0.0 for record in self.steps)
+
+    def clock(self) -> Callable[[int], float]:
+        """Seconds of training after a number of finished steps."""
+        totals = [0.0, *accumulate(record["seconds"] or 0.0 for record in self.steps)]
+        # A killed process may have lost lines, so that a step and its place in the file are not the same.
+        known = [record["step"] for record in self.steps]
+        return lambda step: totals[bisect_right(known, step)]
 
 
 def read(run: Path) -> RunMetrics:

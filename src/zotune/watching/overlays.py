@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -126,10 +124,7 @@ def _steps(run: RunMetrics, config: Config) -> Callable[[int], float]:
 
 
 def _seconds(run: RunMetrics, config: Config) -> Callable[[int], float]:
-    totals = [0.0, *accumulate(record["seconds"] or 0.0 for record in run.steps)]
-    # A killed process may have lost lines, so that a step and its place in the file are not the same.
-    known = [record["step"] for record in run.steps]
-    return lambda step: totals[bisect_right(known, step)]
+    return run.clock()
 
 
 def probes_per_step(config: Config) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
-from zotune.config import Config
+from zotune.config import AUTO, Config
 from zotune.errors import ZotuneError
 from zotune.journal.branches import open_run
 from zotune.progress import Reporter
@@ -33,14 +33,14 @@ def run(plan: Plan, reporter: Callable[[], Reporter]) -> dict[str, str]:
         if where.state not in ("waiting", "interrupted"):
             continue
         try:
-            _work(each, where, live)
+            carry_on(each, where, live)
         # One run out of memory, or a model whose code is at fault, must not cost the night's other runs.
         except Exception as error:
             failures[each.name] = str(error) if isinstance(error, ZotuneError) else f"{type(error).__name__}: {error}"
             live.notice(f"{each.name} failed: {failures[each.name]}")
         finally:
             live.finish()
-            _release()
+            release()
     return failures
 
 
@@ -59,7 +59,8 @@ def whereabouts(planned: Planned) -> Standing:
     return where
 
 
-def _work(planned: Planned, where: Standing, live: Reporter) -> None:
+def carry_on(planned: Planned, where: Standing, live: Reporter) -> None:
+    """Start or go on with a run that is waiting or was interrupted; raises what `zotune.train` does."""
     import torch
 
     from zotune.train import resume, start
@@ -75,7 +76,7 @@ def _work(planned: Planned, where: Standing, live: Reporter) -> None:
         torch.set_num_threads(threads)
 
 
-def _release() -> None:
+def release() -> None:
     """Give back the memory of the run before: a model may hang in reference cycles."""
     import torch
 
@@ -87,6 +88,9 @@ def _release() -> None:
 def _other(found: Config, planned: Config) -> str:
     """In what a run directory's configuration is not the planned one; who is told of a run does not count."""
     there, here = values(found), values(planned)
+    if planned.method.lr == AUTO:
+        # The run has the one that was chosen when it began.
+        here["method.lr"] = found.method.lr
     parts = (
         f"{key} is {shown(there.get(key))} there and {shown(here.get(key))} in the sweep"
         for key in dict.fromkeys([*there, *here])

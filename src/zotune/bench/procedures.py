@@ -1,0 +1,130 @@
+"""The peers' procedures, trained on the rows of a run, in its order, and judged by its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from zotune import models
+from zotune.bench import work
+from zotune.bench.curve import Evaluated, Spent
+from zotune.config import Config
+from zotune.data import BatchOrder, Dataset
+from zotune.data import load as load_data
+from zotune.errors import ConfigError
+from zotune.evaluate import Metrics, evaluate
+from zotune.objectives import CandidateCrossEntropy
+from zotune.optimizer import Method
+from zotune.presets import resolve
+from zotune.rows import Example
+from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.testing.baselines.official import OfficialLozo, OfficialMezo
+
+
+class Stepping(Protocol):
+    """A procedure with its model."""
+
+    def step(self, examples: Sequence[Example]) -> float:
+        """Learn from a batch; gives a loss."""
+        ...
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """How a peer trains.
+
+    Attributes:
+        preset: The preset whose defaults it has.
+        settings: Keys of the table ``[method]`` that mean something to it.
+        begin: Takes a run's configuration, its model, which the steps then change in place, and its data.
+        spent: What a step on a batch computes.
+    """
+
+    preset: str
+    settings: frozenset[str]
+    begin: Callable[[Config, Any, Dataset], Stepping]
+    spent: Callable[[Sequence[Example]], Spent]
+
+
+def _lozo(config: Config, model: Any, data: Dataset) -> Stepping:
+    method = _classifying(config, data)
+    return OfficialLozo(
+        model,
+        lr=method.lr,
+        eps=method.eps,
+        rank=method.rank,
+        interval=method.interval,
+        weight_decay=method.weight_decay,
+        seed=config.train.seed,
+    )
+
+
+def _mezo(config: Config, model: Any, data: Dataset) -> Stepping:
+    method = _classifying(config, data)
+    return OfficialMezo(model, lr=method.lr, eps=method.eps, weight_decay=method.weight_decay, seed=config.train.seed)
+
+
+def _classifying(config: Config, data: Dataset) -> Method:
+    """The method, where the official loss, which is that of classification, is the task's."""
+    if not isinstance(data.objective, CandidateCrossEntropy):
+        raise ConfigError(
+            f"the official step learns the cross-entropy over candidates, and {config.data.task} the likelihood of the "
+            "right one; compare presets there"
+        )
+    return resolve(config.method)
+
+
+def _padded(batch: Sequence[Example]) -> Spent:
+    """Two forwards over a padded sequence per candidate."""
+    return Spent(2 * sum(len(example.row.candidates) for example in batch), work.padded_tokens(batch))
+
+
+_DENSE = frozenset({"lr", "eps", "weight_decay"})
+
+PROCEDURES = {
+    "official-lozo": Procedure("lozo", _DENSE | {"rank", "interval"}, _lozo, _padded),
+    "official-mezo": Procedure("mezo", _DENSE, _mezo, _padded),
+}
+"""By the names that ``zotune bench convergence`` takes."""
+
+
+def train(procedure: Procedure, config: Config) -> Iterator[Evaluated]:
+    """Train as a run of this configuration would: the same rows, batches and evaluations.
+
+    Args:
+        procedure: Whose steps to take, on every parameter of the model.
+        config: A run's; of its method only ``procedure.settings`` count.
+
+    Yields:
+        An evaluation before the first step, every ``train.eval_every`` steps and after the last.
+
+    Raises:
+        ZotuneError: Model or data are not there or do not fit.
+    """
+    model, data = load(config)
+    steps, every = config.train.steps, config.train.eval_every
+    order = BatchOrder(len(data.train), config.train.batch_size, config.train.seed)
+    stepping = procedure.begin(config, model, data)
+    seconds = 0.0
+    for step in range(steps):
+        if step % every == 0:
+            yield Evaluated(step, judge(model, data), seconds)
+        batch = [data.train[index] for index in order.indices(step)]
+        began = work.clock(model.device)
+        stepping.step(batch)
+        seconds += work.clock(model.device) - began
+    yield Evaluated(steps, judge(model, data), seconds)
+
+
+def load(config: Config, *, mapped: bool = False) -> tuple[Any, Dataset]:
+    """The model and the data of a run, without the run; see `zotune.models.load`."""
+    model, tokenizer = models.load(config.model, mapped=mapped)
+    return model, load_data(config.data, tokenizer, models.context_length(model))
+
+
+def judge(model: Any, data: Dataset) -> Metrics:
+    """What a run's evaluation says of a model, which has its own forward again afterwards."""
+    with closing(EmbeddedRuntime(model, Method(scope="linear"))) as runtime:
+        return evaluate(runtime, data.validation, data.objective).metrics
