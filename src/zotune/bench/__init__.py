@@ -2,7 +2,8 @@
 
 `step` and `runtimes` compare them in one run: the sides take turns (A B A B), so that whatever slows the machine down
 slows all, with the same model, batches, rank and probe distance. `scaling` and `overhead` measure case after case, each
-in a process that gives its memory back, and keep every result; `zotune.bench.report` shows what has been kept.
+in a process that gives its memory back, and keep every result; so does `zotune.bench.convergence`, which trains.
+`zotune.bench.report` shows what has been kept.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from zotune.bench.results import Case, Result, Results
+from zotune.bench.results import Case, Result, Results, told
 from zotune.errors import ZotuneError, reason
 from zotune.progress import duration
 
@@ -80,7 +80,7 @@ def _figures(measure: Callable[[Case], Figures], case: Case) -> Figures:
 
 
 def _line(result: Result) -> str:
-    named = " ".join(f"{value}" for value in result.case.values() if not isinstance(value, dict))
+    named = told(result.case)
     if "error" in result.figures:
         return f"{named}: failed: {result.figures['error']}"
     shown = [f"{name} {value:.4g}" for name, value in result.figures.items() if isinstance(value, float)]

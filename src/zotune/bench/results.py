@@ -73,6 +73,11 @@ class Results:
         return self.folder / f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
+def told(case: Case) -> str:
+    """A case in one line, its tables left out."""
+    return " ".join(str(value) for value in case.values() if not isinstance(value, Mapping))
+
+
 def every(folder: Path) -> list[Result]:
     """All results in a folder and the folders in it, run directories left out, by file name.
 

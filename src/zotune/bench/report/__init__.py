@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zotune import durable
-from zotune.bench.report import overhead, parity, plain, scaling, steps
+from zotune.bench.report import convergence, overhead, parity, plain, scaling, steps
 from zotune.bench.report.section import Section, grouped, paragraphs
 from zotune.bench.results import Result, every
 from zotune.errors import ConfigError
@@ -18,6 +18,7 @@ RENDERERS: dict[str, Renderer] = {
     "scaling": scaling.render,
     "overhead": overhead.render,
     "parity": parity.render,
+    "convergence": convergence.render,
 }
 """By the kind of the results that they take, in the order of the report. Results of other kinds are listed."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zotune.bench.results import Result
+from zotune.bench.results import Result, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,11 +66,8 @@ def device(result: Result) -> str:
 
 def failures(results: Iterable[Result]) -> str:
     """A list of the cases that could not be measured, and why."""
-    lines = [
-        f"- {' '.join(map(str, result.case.values()))}: {result.figures['error']}"
-        for result in results
-        if "error" in result.figures
-    ]
+    failed = [result for result in results if "error" in result.figures]
+    lines = [f"- {told(result.case)}: {result.figures['error']}" for result in failed]
     return paragraphs("Not measured:", "\n".join(lines)) if lines else ""
 
 

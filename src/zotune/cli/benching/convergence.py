@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
-from zotune.cli.benching.program import BatchSize, Dtype, ModelPath, Threads, bench_app
+from zotune.cli.benching.program import (
+    RESULTS,
+    BatchSize,
+    Dtype,
+    Minutes,
+    ModelPath,
+    Out,
+    Retry,
+    Threads,
+    bench_app,
+    numbers,
+    words,
+)
 from zotune.cli.program import AsJson, print_json
-from zotune.errors import ConfigError
-
-Number = TypeVar("Number", int, float)
 
 
 @bench_app.command("convergence")
@@ -39,21 +48,21 @@ def bench_convergence(
     targets: Annotated[str, typer.Option(help="Accuracies to reach, with commas.")] = "0.7,0.75,0.8",
     dtype: Dtype = "auto",
     threads: Threads = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results; there already: go on.")] = Path("convergence"),
-    minutes: Annotated[float, typer.Option(min=0, help="Begin no training after so many.")] = float("inf"),
-    retry: Annotated[bool, typer.Option("--retry", help="Measure again what failed.")] = False,
+    out: Out = RESULTS,
+    minutes: Minutes = math.inf,
+    retry: Retry = False,
     as_json: AsJson = False,
 ) -> None:
     """Let methods learn the same rows with several seeds: loss and accuracy by steps, forwards and seconds."""
-    from zotune.bench import convergence_report
     from zotune.bench.convergence import convergence
+    from zotune.bench.report import convergence as report
 
-    wanted = _numbers(float, "targets", targets)
+    wanted = numbers(float, targets, "--targets")
     results = convergence(
         method,
         out=out,
-        tasks=[name.strip() for name in tasks.split(",")],
-        seeds=_numbers(int, "seeds", seeds),
+        tasks=words(tasks),
+        seeds=numbers(int, seeds, "--seeds"),
         steps=steps,
         eval_every=eval_every,
         batch_size=batch_size,
@@ -66,13 +75,6 @@ def bench_convergence(
         minutes=minutes,
     )
     if as_json:
-        print_json(convergence_report.record(results, wanted))
+        print_json(report.record(results, wanted))
     else:
-        typer.echo(convergence_report.markdown(results, wanted))
-
-
-def _numbers(kind: Callable[[str], Number], option: str, text: str) -> list[Number]:
-    try:
-        return [kind(each) for each in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--{option} takes numbers with commas, got {text!r}") from None
+        typer.echo(report.render(results, wanted).markdown)

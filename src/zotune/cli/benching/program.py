@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -34,6 +35,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Steps to time of each, altern
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's.")]
 
 RESULTS = Path("bench-results")
+Number = TypeVar("Number", int, float)
 
 Models = Annotated[
     str, typer.Option(help="Shapes like opt-13b, llama-3.2-1b, qwen3-4b, with commas; an unknown one lists them all.")
@@ -65,14 +67,20 @@ def plan(*, dtype: str, threads: int | None, **lists: str) -> Plan:
     """
     from zotune import bench
 
-    counts = {name: _numbers(lists.pop(name), f"--{name}") for name in ("batches", "directions", "ranks")}
+    counts = {name: numbers(int, lists.pop(name), f"--{name}") for name in ("batches", "directions", "ranks")}
     names = {name: words(text) for name, text in lists.items()}
     values: dict[str, Any] = {**names, **counts}
     return bench.Plan(**values, dtype=dtype, threads=threads)
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def numbers(kind: Callable[[str], Number], text: str, option: str) -> list[Number]:
+    """The numbers in a list with commas.
+
+    Raises:
+        ConfigError: One of them is none.
+    """
     try:
-        return [int(word) for word in words(text)]
+        return [kind(word) for word in words(text)]
     except ValueError:
-        raise ConfigError(f"{option}: got {text!r}; give whole numbers with commas between them") from None
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{option}: got {text!r}; give {what} with commas between them") from None

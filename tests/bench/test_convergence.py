@@ -12,9 +12,10 @@ from tiny_runs import contents
 from typer.testing import CliRunner
 
 from zotune import cli
-from zotune.bench import contenders, convergence_report, curve, procedures
+from zotune.bench import contenders, curve, procedures
 from zotune.bench import convergence as bench
 from zotune.bench.convergence import convergence
+from zotune.bench.report import convergence as report
 from zotune.bench.results import Result, every
 from zotune.errors import ConfigError, DataError
 from zotune.testing.baselines.official import OfficialLozo
@@ -174,8 +175,8 @@ def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any
 def test_a_training_that_fails_is_a_result_and_the_others_go_on(options: dict[str, Any]) -> None:
     # The tiny tokenizer knows neither of RTE's candidates.
     results = convergence(["lozo"], tasks=["rte", "sst2"], **options)
-    text = convergence_report.markdown(results)
-    assert "lozo, rte, seed 0 failed: " in text
+    text = report.render(results).markdown
+    assert "- lozo rte 0: " in text
     assert "the candidates 'Yes' and 'No' have the same tokens" in text
     assert "| lozo | 1 | 4 x 4 |" in text
 
@@ -223,11 +224,11 @@ def made(method: str, seed: int, *accuracies: float) -> Result:
 
 def test_the_report_spreads_over_seeds_and_says_what_was_not_reached() -> None:
     results = [made("lozo", 0, 0.5, 0.7, 0.8), made("mezo", 0, 0.5, 0.55), made("lozo", 1, 0.5, 0.6, 0.7)]
-    text = convergence_report.markdown(results, [0.7, 0.8, 0.9])
+    text = report.render(results, [0.7, 0.8, 0.9]).markdown
     assert "| lozo | 2 | 20 x 16 | 0.250 ± 0.071 | 75.0 ± 7.1 | 75.0 ± 7.1 | 640 | 12,800 | 0:10 |" in text
     assert "| mezo | 1 | 10 x 16 | 0.450 | 55.0 | 55.0 | 320 | 6,400 | 0:05 |" in text
     assert "| lozo | 15, 480, 0:08 | 20, 640, 0:10 (1 of 2 seeds) | not reached |" in text
-    ((name, draw),) = convergence_report.pictures(results).items()
+    ((name, draw),) = report.render(results).pictures.items()
     assert name == "convergence-sst2-tiny-float32-24-validation-rows"
     loss, by_forwards, by_time = draw().axes
     # Two seeds of one method and one of the other.
@@ -236,7 +237,7 @@ def test_the_report_spreads_over_seeds_and_says_what_was_not_reached() -> None:
 
 
 def test_a_target_that_is_never_reached_is_null() -> None:
-    record = convergence_report.record([made("lozo", 0, 0.5, 0.75)], [0.7, 0.8])
+    record = report.record([made("lozo", 0, 0.5, 0.75)], [0.7, 0.8])
     (result,) = record["results"]
     assert result["reached"]["0.8"] is None
     assert result["reached"]["0.7"]["rows"] == 320
@@ -259,4 +260,4 @@ def test_the_command_goes_on_and_speaks_json(options: dict[str, Any]) -> None:
     assert all(each["reached"]["1.1"] is None for each in json.loads(line)["results"])
     refused = CliRunner().invoke(cli.app, [*words, "--targets", "high"])
     assert (refused.exit_code, refused.stdout) == (2, "")
-    assert "--targets takes numbers" in refused.stderr
+    assert "--targets: got 'high'" in refused.stderr

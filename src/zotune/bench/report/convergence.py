@@ -1,16 +1,17 @@
-"""The report on ``zotune bench convergence``: tables over seeds, and pictures of the learning curves."""
+"""The report's section on ``zotune bench convergence``: what was learnt over seeds, and the learning curves."""
 
 from __future__ import annotations
 
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zotune.bench.curve import Curve, Point, reached, restored
+from zotune.bench.report.section import Section, failures, grouped, paragraphs, provenance, sound, table
 from zotune.bench.results import Result
 from zotune.progress import duration
 from zotune.watching.metrics import number
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 TARGETS = (0.7, 0.75, 0.8)
 """Accuracies that are to be reached where nobody says which."""
+
+_HEADINGS = (
+    *("method", "seeds", "steps x batch", "loss", "accuracy", "best accuracy"),
+    *("row forwards", "tokens", "training"),
+)
+_NOTE = (
+    "Loss and accuracy on the validation rows after the last step, mean and standard deviation over seeds. Row forwards "
+    "and tokens are those of training, padding counted; the time is that of the steps."
+)
 
 
 @dataclass(frozen=True)
@@ -41,27 +51,19 @@ class Group:
     curves: tuple[Curve, ...]
 
 
-def markdown(results: Sequence[Result], targets: Sequence[float] = TARGETS) -> str:
+def render(results: Sequence[Result], targets: Sequence[float] = TARGETS) -> Section:
     """Tables for each task and model: what was learnt in the end, and what it took to reach accuracies.
 
     Args:
-        results: Of kind ``convergence``; failed ones are listed by themselves.
+        results: Of kind ``convergence``.
         targets: Accuracies to reach.
     """
-    parts = []
+    parts: list[str] = []
+    pictures: dict[str, Callable[[], Figure]] = {}
     for setting, alike in _by_setting(results).items():
         parts += [f"### {setting}", _outcomes(alike), _targets(alike, targets)]
-    failed = [result for result in results if "error" in result.figures]
-    parts += [f"{_told(result)} failed: {result.figures['error']}" for result in failed]
-    return "\n\n".join(parts)
-
-
-def pictures(results: Sequence[Result]) -> dict[str, Callable[[], Figure]]:
-    """By file name without an ending, what draws the learning curves of each task and model."""
-    return {
-        f"convergence-{re.sub('[^a-z0-9]+', '-', setting.lower())}": partial(_draw, alike)
-        for setting, alike in _by_setting(results).items()
-    }
+        pictures[f"convergence-{re.sub('[^a-z0-9]+', '-', setting.lower())}"] = partial(_draw, alike)
+    return Section("Convergence", paragraphs(_NOTE, *parts, failures(results), provenance(results)), pictures)
 
 
 def record(results: Sequence[Result], targets: Sequence[float] = TARGETS) -> dict[str, Any]:
@@ -69,18 +71,11 @@ def record(results: Sequence[Result], targets: Sequence[float] = TARGETS) -> dic
     return {"results": [{**vars(result), "reached": _reached(result, targets)} for result in results]}
 
 
-def groups(results: Iterable[Result]) -> list[Group]:
-    """The trainings that came to an end, seeds put together, in the order of the results."""
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        if "error" not in result.figures:
-            found.setdefault(_but_for_the_seed(result), []).append(result)
-    return [_group(each) for each in found.values()]
-
-
 def _by_setting(results: Sequence[Result]) -> dict[str, list[Group]]:
+    """The trainings that came to an end, seeds put together, in the order of the results."""
     found: dict[str, list[Group]] = {}
-    for group in groups(results):
+    for alike in grouped(sound(results), _but_for_the_seed).values():
+        group = _group(alike)
         found.setdefault(group.setting, []).append(group)
     return found
 
@@ -108,18 +103,7 @@ def _reached(result: Result, targets: Sequence[float]) -> dict[str, Any]:
 
 def _outcomes(found: Sequence[Group]) -> str:
     """What each method had learnt at the end."""
-    head = (
-        "method",
-        "seeds",
-        "steps x batch",
-        "loss",
-        "accuracy",
-        "best accuracy",
-        "row forwards",
-        "tokens",
-        "training",
-    )
-    return _table(head, [_outcome(group) for group in found])
+    return table(_HEADINGS, [_outcome(group) for group in found])
 
 
 def _outcome(group: Group) -> list[str]:
@@ -144,7 +128,7 @@ def _targets(found: Sequence[Group], targets: Sequence[float]) -> str:
     """What it took to reach accuracies, means over the seeds that did."""
     head = ["method", *(f"to {100 * target:.4g} %: steps, row forwards, time" for target in targets)]
     costs = [[_cost([reached(curve, target) for curve in group.curves]) for target in targets] for group in found]
-    return _table(head, [[group.method, *each] for group, each in zip(found, costs, strict=True)])
+    return table(head, [[group.method, *each] for group, each in zip(found, costs, strict=True)])
 
 
 def _cost(points: Sequence[Point | None]) -> str:
@@ -169,15 +153,6 @@ def _spread(values: Sequence[float | None], shown: Callable[[float], str]) -> st
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _told(result: Result) -> str:
-    return f"{result.case['method']}, {result.case['task']}, seed {result.case['seed']}"
 
 
 def _draw(found: Sequence[Group]) -> Figure:
