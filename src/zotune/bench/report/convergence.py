@@ -29,8 +29,8 @@ _HEADINGS = (
     *("row forwards", "tokens", "training"),
 )
 _NOTE = (
-    "Loss and accuracy on the validation rows after the last step, mean and standard deviation over seeds. Row forwards "
-    "and tokens are those of training, padding counted; the time is that of the steps."
+    "Loss and accuracy on the validation rows after the last step, mean and standard deviation over seeds. Row "
+    "forwards and tokens are those of training, padding counted; the time is that of the steps."
 )
 
 
