@@ -19,6 +19,7 @@ from zotune.bench.report import convergence as report
 from zotune.bench.results import Result, every
 from zotune.errors import ConfigError, DataError
 from zotune.testing.baselines.official import OfficialLozo
+from zotune.watching import sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,3 +262,14 @@ def test_the_command_goes_on_and_speaks_json(options: dict[str, Any]) -> None:
     refused = CliRunner().invoke(cli.app, [*words, "--targets", "high"])
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "--targets: got 'high'" in refused.stderr
+
+
+def test_a_kept_search_is_a_sweep() -> None:
+    (path,) = (Path(__file__).parents[2] / "benchmarks" / "search").glob("*.toml")
+    plan = sweep.read(path)
+    assert f"zotune sweep benchmarks/search/{path.name}" in path.read_text()
+    probed = {
+        2 * t.steps * t.batch_size * (m.directions or 1)
+        for t, m in ((r.config.train, r.config.method) for r in plan.runs)
+    }
+    assert probed == {9600}, "what is compared must cost the same"
