@@ -83,7 +83,8 @@ print(*sorted({"torch", "transformers", "numpy", "matplotlib", "pydantic"} & set
 COMMANDS = {
     *("run", "resume", "demo", "sweep", "eval", "plot", "report", "presets", "tasks", "replay", "rollback"),
     *("journal show", "journal verify", "journal diff", "export", "apply"),
-    *("bench step", "bench runtimes", "bench scaling", "bench overhead", "bench report"),
+    *("bench step", "bench runtimes", "bench scaling", "bench overhead", "bench parity", "bench convergence"),
+    *("bench cluster", "bench report", "scale"),
 }
 
 

@@ -13,11 +13,12 @@ import tiny_runs
 from tiny_runs import Recorder, assert_same, saved
 
 import zotune
-from zotune import checkpoint, journal, session
+from zotune import checkpoint, journal
 from zotune.config import Config
 from zotune.progress import Record
 from zotune.protocol import CLEAN, Probe
 from zotune.rows import Row
+from zotune.runtimes import blueprint
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.signals import Interrupted, Signals, Terminated
 
@@ -136,7 +137,7 @@ def test_an_evaluation_is_cut_short(
     zotune.start(configure(output="whole", train={"eval_every": 7}), Recorder())
     seen = Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(session, "EmbeddedRuntime", sending([number], lambda n, probes: n > 7 and [*probes] == [CLEAN]))
+        patch.setattr(blueprint, "EmbeddedRuntime", sending([number], lambda n, probes: n > 7 and [*probes] == [CLEAN]))
         with pytest.raises(outcome):
             zotune.start(configure(train={"eval_every": 7}), seen)
     assert [record["step"] for record in seen.evaluations] == [0]
@@ -151,7 +152,7 @@ def test_a_second_ctrl_c_stops_within_the_step(
 ) -> None:
     zotune.start(configure(output="whole"), Recorder())
     with monkeypatch.context() as patch:
-        patch.setattr(session, "EmbeddedRuntime", sending([signal.SIGINT] * 2, lambda n, _: n == 5))
+        patch.setattr(blueprint, "EmbeddedRuntime", sending([signal.SIGINT] * 2, lambda n, _: n == 5))
         with pytest.raises(KeyboardInterrupt):
             zotune.start(configure(), Recorder())
     run = tmp_path / "run"

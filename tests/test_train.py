@@ -14,11 +14,12 @@ import torch
 from tiny_runs import Recorder, assert_same, contents, restored, saved
 
 import zotune
-from zotune import config, journal, session
+from zotune import config, journal
 from zotune.config import Config
 from zotune.errors import DivergedError
 from zotune.protocol import Update
 from zotune.run import RunDirectory
+from zotune.runtimes import blueprint
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.session import Session
 
@@ -148,7 +149,7 @@ def test_a_step_is_in_the_journal_before_it_is_applied(
             super().apply(update)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "EmbeddedRuntime", Fails)
+        patch.setattr(blueprint, "EmbeddedRuntime", Fails)
         with pytest.raises(MemoryError):
             zotune.start(configure(), Recorder())
     entries = journal.read(tmp_path / "run" / "journal.jsonl")[1]

@@ -162,14 +162,15 @@ def test_graphs_are_captured_close_above_every_likely_batch(batch: int) -> None:
 
 
 def test_starting_is_silent(checkpoint: ModelConfig) -> None:
+    here = Path(__file__).parent
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys; sys.path[:0] = sys.argv[1], sys.argv[2]\n"
         "import test_launch as t; from zotune.config import ModelConfig\n"
-        "llm = t.begin(ModelConfig(path=sys.argv[2])); t.launch.stop(llm)"
+        "llm = t.begin(ModelConfig(path=sys.argv[3])); t.launch.stop(llm)"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), checkpoint.path],
+        [sys.executable, "-c", code, str(here), str(here.parent), checkpoint.path],
         capture_output=True,
         text=True,
         env=environment,

@@ -24,7 +24,10 @@ def test_two_replicas_pass_every_check(check: Callable[[Case], None]) -> None:
     _check("all", check, unit_tokens=40)
 
 
-@pytest.mark.parametrize("method", ["momentum", "dense", "lora"])
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("dense", "lora")]
+
+
+@pytest.mark.parametrize("method", ["momentum", *SLOW])
 @pytest.mark.parametrize("check", FEW, ids=lambda check: check.__name__)
 def test_other_methods(method: str, check: Callable[[Case], None]) -> None:
     _check(method, check)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def table(run: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_is_scaled_killed_and_resumed_without_a_trace_of_its_processes(
     configure: Configure, tmp_path: Path
 ) -> None:
@@ -98,6 +100,7 @@ def _in_step(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [each for each in found.get("replicas", []) if each["state"] == "in step"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_leaves_nothing_behind(configure: Configure, tmp_path: Path) -> None:
     """The terminal sends SIGINT to the whole group: replicas must leave it to the driver."""
     run, file = tmp_path / "run", tmp_path / "run.toml"
@@ -173,6 +176,7 @@ nodes.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_node_that_vanishes_leaves_its_units_to_the_others(configure: Configure, tmp_path: Path) -> None:
     """Two nodes of one CPU each, at an address; afterwards there is room for one replica only."""
     file = tmp_path / "run.toml"
@@ -182,9 +186,9 @@ def test_a_node_that_vanishes_leaves_its_units_to_the_others(configure: Configur
     environment = os.environ | {"RAY_memory_monitor_refresh_ms": "0"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert {"in step: 0", "in step: 1"} & set(lines), lines
-    assert any("is lost: its " in line for line in lines), lines
+    # Ray speaks between the lines.
+    assert re.search(r"in step: [01](?! [01])", done.stdout), done.stdout
+    assert "is lost: its " in done.stdout
     zotune.start(configure(output="undisturbed", train={"steps": 10}, runtime={"type": "ray", "ray": RAY}), Recorder())
     entries = journal.read(tmp_path / "run" / "journal.jsonl").entries
     assert entries == journal.read(tmp_path / "undisturbed" / "journal.jsonl").entries

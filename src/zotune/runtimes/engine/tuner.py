@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zotune.errors import ModelError
+from zotune.errors import ModelError, reason
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe
@@ -305,7 +305,14 @@ class Tuner:
 
     def _sample(self, place: Place) -> tuple[Any, Any, int | None]:
         column = 1 if place.part.site.is_matrix else None
-        sample = self.engine.sample(place, column)[place.part.local][:_SAMPLES]
+        try:
+            sample = self.engine.sample(place, column)[place.part.local][:_SAMPLES]
+        # What is missing of a build of vLLM shows when a layer is first used.
+        except (AttributeError, NotImplementedError, RuntimeError) as error:
+            raise ModelError(
+                f"the layer of {place.part.site.name!r} cannot run here, for vLLM has no kernel for it on this kind of "
+                f"processor: {reason(error)}. Use a checkpoint in another format, or another machine."
+            ) from error
         return wire.pack_tensor(sample), wire.pack_part(place.part), column
 
     def on_missed(self) -> list[str]:
