@@ -36,6 +36,11 @@ class Estimator(Protocol):
         ...
 
 
+def _mean(slopes: Sequence[float]) -> tuple[float, ...]:
+    """Coefficients whose sum over directions is the mean."""
+    return tuple(slope / len(slopes) for slope in slopes)
+
+
 class TwoPoint:
     """Central difference ``c = (L(+eps) - L(-eps)) / (2 eps)`` (Spall 1992, SPSA); two forwards per direction."""
 
@@ -51,8 +56,7 @@ class TwoPoint:
 
     def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
         """The slopes, for their mean."""
-        slopes = self.slopes(losses, eps)
-        return tuple(slope / len(slopes) for slope in slopes)
+        return _mean(self.slopes(losses, eps))
 
 
 class OneSided:
@@ -71,8 +75,7 @@ class OneSided:
 
     def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
         """The slopes, for their mean."""
-        slopes = self.slopes(losses, eps)
-        return tuple(slope / len(slopes) for slope in slopes)
+        return _mean(self.slopes(losses, eps))
 
 
 class Standardised(OneSided):
@@ -88,7 +91,7 @@ class Standardised(OneSided):
         spread = pstdev(shifted)
         if not spread:
             return (math.nan,) * len(shifted)
-        return tuple((loss - clean) / spread / len(shifted) for loss in shifted)
+        return _mean([(loss - clean) / spread for loss in shifted])
 
 
 class Damped(OneSided):
@@ -98,8 +101,7 @@ class Damped(OneSided):
 
     def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
         """The slopes, damped each before their mean."""
-        slopes = self.slopes(losses, eps)
-        return tuple(slope / max(1.0, abs(slope) ** 0.1) / len(slopes) for slope in slopes)
+        return _mean([slope / max(1.0, abs(slope) ** 0.1) for slope in self.slopes(losses, eps)])
 
 
 ESTIMATORS: dict[str, Estimator] = {
