@@ -48,7 +48,11 @@ def descendants() -> list[int]:
     return sorted(each.pid for each in launch._descendants())
 
 
-def test_a_started_engine_leaves_the_process_as_it_was(checkpoint: ModelConfig) -> None:
+def test_a_started_engine_leaves_the_process_as_it_was(
+    checkpoint: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # vLLM names each engine of a process here, and an earlier test may have started one.
+    monkeypatch.delenv("VLLM_DIST_IDENT", raising=False)
     environment, set_threads = dict(os.environ), torch.set_num_threads
     llm = begin(checkpoint)
     try:
