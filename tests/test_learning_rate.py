@@ -77,6 +77,23 @@ def test_a_run_that_sets_no_learning_rate_learns(
     assert any(f"learning rate {kept.method.lr:g}" in text for text in told.notices)
 
 
+def test_a_step_whose_losses_are_all_equal_is_left_out(
+    tmp_path: Path, tiny_model_folder: Path, sentiment_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FZOO divides by their deviation."""
+    made = configure(tmp_path, tiny_model_folder, sentiment_files, method={"preset": "fzoo", "lr": "auto"})
+    session, asked, losses = Session.build(resolved(made)), [], Session.losses
+
+    def level_at_first(self: Session, proposal: Any, examples: Any) -> list[float]:
+        asked.append(losses(self, proposal, examples))
+        return [0.7] * len(asked[-1]) if len(asked) == 1 else asked[-1]
+
+    monkeypatch.setattr(Session, "losses", level_at_first)
+    assert 0 < learning_rate.automatic(session) < 1
+    assert len(asked) == 4
+    session.close()
+
+
 def test_a_number_is_taken_as_it_is(tmp_path: Path, tiny_model_folder: Path, sentiment_files: Files) -> None:
     session = Session.build(resolved(configure(tmp_path, tiny_model_folder, sentiment_files, method={"lr": 3e-4})))
     assert learning_rate.settled(session, pytest.fail) is session

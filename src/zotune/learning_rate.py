@@ -68,10 +68,14 @@ def automatic(session: Session) -> float:
     for step in range(probed_steps(method)):
         proposal = _in_first_window(session.optimizer.ask(step))
         losses, eps = session.losses(proposal, session.batch(step)[0]), proposal.probes[-1].eps
-        if all(map(math.isfinite, losses)):
-            coefficients, slopes = estimator.coefficients(losses, eps), estimator.slopes(losses, eps)
+        if not all(map(math.isfinite, losses)):
+            continue
+        coefficients, slopes = estimator.coefficients(losses, eps), estimator.slopes(losses, eps)
+        gain = math.fsum(c * s for c, s in zip(coefficients, slopes, strict=True))
+        # Equal losses are as useless where a method divides by their deviation.
+        if math.isfinite(gain):
             levels.append(fmean(losses))
-            gains.append(math.fsum(c * s for c, s in zip(coefficients, slopes, strict=True)))
+            gains.append(gain)
     gain = fmean(gains) if gains else math.nan
     if not 0 < gain < math.inf:
         raise ConfigError(

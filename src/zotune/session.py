@@ -108,7 +108,7 @@ def _start(config: Config, blueprint: Blueprint, model: Any, data: Dataset) -> t
     """The configured runtime, and where it tells what happens to it."""
     options = config.runtime
     # What runs without vLLM or Ray must not need them.
-    if "vllm" in (options.type, options.ray.inner):
+    if "vllm" in (options.type, options.ray.inner if options.type == "ray" else None):
         from zotune.runtimes.engine.runtime import Work
 
         blueprint = replace(blueprint, work=Work.of(data, config.train.batch_size, blueprint.method))

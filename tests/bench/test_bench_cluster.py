@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune.bench.cluster import Conditions, Costs, simulate, step_seconds
+from zotune.bench.cluster_check import Measured
+from zotune.bench.cluster_report import ClusterReport
 from zotune.errors import ConfigError
 
 COSTS = Costs(unit=0.1, common=0.02, call=0.001, driver=0.002, start=60.0)
@@ -49,3 +51,15 @@ def test_efficiency_is_against_one_replica_and_the_driver_bounds_it() -> None:
 def test_nothing_to_do_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         step_seconds(COSTS, CALM, 0, 1)
+
+
+def test_what_a_machine_allows_counts_the_replicas_that_have_a_unit() -> None:
+    """Two units on four replicas of two cores keep two of them busy; four units keep all four, two to a core."""
+
+    def at_best(units: int, unit_s: dict[int, float]) -> list[float]:
+        measured = tuple(Measured(n, 1.0, seconds, 0.0, 0.0, 0.0, 0.0, 0.0) for n, seconds in unit_s.items())
+        report = ClusterReport(units, units, COSTS, CALM, (), measured, (), {})
+        return [report.at_best(each) for each in measured]
+
+    assert at_best(2, {1: 1.0, 2: 1.25, 4: 1.25}) == [1.0, 1.6, 1.6]
+    assert at_best(4, {1: 1.0, 2: 1.25, 4: 2.5}) == [1.0, 1.6, 1.6]

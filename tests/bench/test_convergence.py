@@ -18,6 +18,7 @@ from zotune.bench.convergence import convergence
 from zotune.bench.report import convergence as report
 from zotune.bench.results import Result, every
 from zotune.errors import ConfigError, DataError
+from zotune.testing.baselines.first_order import FirstOrder
 from zotune.testing.baselines.official import OfficialLozo
 from zotune.watching import sweep
 
@@ -80,6 +81,18 @@ def test_the_official_side_is_the_official_procedure(options: dict[str, Any]) ->
     assert found[-1].metrics.loss != found[0].metrics.loss
 
 
+@pytest.mark.parametrize(("name", "rank"), [("adamw", None), ("adamw-lora", 8)])
+def test_backpropagation_learns_from_the_same_batches(options: dict[str, Any], name: str, rank: int | None) -> None:
+    chosen = entry(options, f"{name},lr=1e-3", seed=5)
+    found = list(procedures.train(procedures.PROCEDURES[name], chosen.config))
+    model, data = procedures.load(chosen.config)
+    tuner = FirstOrder(model, data.objective, lr=1e-3, steps=4, lora_rank=rank, seed=5)
+    for step in range(4):
+        tuner.step([data.train[index] for index in bench.BatchOrder(48, 4, 5).indices(step)])
+    assert found[-1].metrics == tuner.evaluate(data.validation).metrics
+    assert found[-1].metrics.loss != found[0].metrics.loss
+
+
 def test_judging_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
     model, data = procedures.load(entry(options, "lozo").config)
     before = {name: (type(module), module.forward) for name, module in model.named_modules()}
@@ -89,17 +102,19 @@ def test_judging_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
 
 def test_forwards_and_tokens_are_counted_as_they_are_computed(options: dict[str, Any]) -> None:
     several = "lozo,lr=1e-3,directions=3"
-    methods = ["lozo,lr=1e-3", several, f"{several},estimator=one-sided", "official-lozo"]
+    methods = ["lozo,lr=1e-3", several, f"{several},estimator=one-sided", "official-lozo", "adamw"]
     found = [points(result) for result in convergence(methods, **options)]
-    # 4 steps of 4 rows; two probes a direction, or one and the clean model; a sequence per candidate in the official's.
-    assert [each[-1].rows for each in found] == [32, 96, 64, 64]
+    # 4 steps of 4 rows; two probes a direction, or one and the clean model; a sequence per candidate in the official's,
+    # and of these, going back is two more.
+    assert [each[-1].rows for each in found] == [32, 96, 64, 64, 96]
     _, data = procedures.load(entry(options, "lozo").config)
     batches = [[data.train[i] for i in bench.BatchOrder(48, 4, 0).indices(step)] for step in range(4)]
     prompts = sum(len(example.row.prompt) for batch in batches for example in batch)
     assert [each[-1].tokens for each in found[:2]] == [2 * prompts, 6 * prompts]
     longest = [max(len(example.row.prompt) + 1 for example in batch) for batch in batches]
     assert found[3][-1].tokens == sum(2 * 8 * (-(-length // 8) * 8) for length in longest)
-    assert [(each[0].rows, each[0].tokens, each[0].seconds) for each in found] == [(0, 0, 0.0)] * 4
+    assert found[4][-1].tokens == sum(3 * 8 * length for length in longest)
+    assert [(each[0].rows, each[0].tokens, each[0].seconds) for each in found] == [(0, 0, 0.0)] * 5
     assert all(each[0].seconds < each[1].seconds < each[2].seconds for each in found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,9 @@ from zotune.optimizer import Method
 from zotune.runtimes.blueprint import Blueprint
 from zotune.runtimes.engine import checkpoint_layout
 from zotune.runtimes.replicas.cluster import Cluster, load_ray, start_local
+from zotune.runtimes.replicas.member import Member
 from zotune.runtimes.replicas.runtime import RayRuntime
+from zotune.runtimes.replicas.units import Unit
 
 _CALLS = 20
 _IDLE = 3.0
@@ -31,6 +33,8 @@ class Measured:
     Attributes:
         replicas: How many.
         step_s: Median of a whole step.
+        unit_s: Median work of one unit while as many replicas as a step keeps busy have one each: it holds what they
+            share, cores and memory.
         overhead_s: Median of what of it is not a replica's work: driver and Ray.
         down_bytes: Of messages to replicas per step, rows that they have left out.
         up_bytes: Of messages from replicas per step.
@@ -41,6 +45,7 @@ class Measured:
 
     replicas: int
     step_s: float
+    unit_s: float
     overhead_s: float
     down_bytes: float
     up_bytes: float
@@ -103,6 +108,7 @@ class _Side:
         stack.enter_context(closing(self.runtime))
         self.stepper = Stepper(setting, method, self.runtime)
         self._taken: list[tuple[int, float, float]] = []
+        self._units: list[float] = []
         self._network = 0.0
         for batch in range(steps.TURN):
             # Once the replicas hold the rows of these batches, no more than keys and scalars travels.
@@ -110,7 +116,7 @@ class _Side:
         self._before = replace(self.runtime.traffic)
 
     def turn(self, count: int, idle: float) -> None:
-        """Take a few steps, one per batch."""
+        """Take a few steps, one per batch, then a unit of each of these batches on every replica at once."""
         began, passed = time.perf_counter(), _loopback()
         for batch in range(count):
             start, worked = time.perf_counter(), self.runtime.timings["work"]
@@ -118,12 +124,26 @@ class _Side:
             taken = time.perf_counter() - start
             self._taken.append((batch, taken, self.runtime.timings["work"] - worked))
         self._network += _loopback() - passed - idle * (time.perf_counter() - began)
+        for batch in range(count):
+            self._units += self._at_once(batch)
+
+    def _at_once(self, batch: int) -> list[float]:
+        """Seconds of work of the first units of a batch, on a replica each."""
+        units, begin = self._cut(batch)
+        members = list(self.runtime.team.members.values())
+        for member in members:
+            member.ask("nothing")
+        begun = [(member, begin(member, [unit])) for member, unit in zip(members, units, strict=False)]
+        return [member.end(each)[0] for member, each in begun]
+
+    def _cut(self, batch: int) -> tuple[list[Unit], Callable[[Member, list[Unit]], Any]]:
+        rows = [example.row for example in self.stepper.setting.batch(batch)]
+        return self.runtime.cut(self.stepper.optimizer.ask(0).probes, rows)
 
     @property
     def units(self) -> int:
         """Units of a step."""
-        rows = [example.row for example in self.stepper.setting.batch(0)]
-        return len(self.runtime.plan(self.stepper.optimizer.ask(0).probes, rows))
+        return len(self._cut(0)[0])
 
     def measured(self) -> Measured:
         """What the steps came to."""
@@ -131,6 +151,7 @@ class _Side:
         return Measured(
             len(self.runtime.team.members),
             step_s=median(taken for _, taken, _ in self._taken),
+            unit_s=median(self._units),
             overhead_s=median(taken - work for _, taken, work in self._taken),
             down_bytes=(now.down - self._before.down) / steps_taken,
             up_bytes=(now.up - self._before.up) / steps_taken,
@@ -149,10 +170,8 @@ class _Side:
             began = time.perf_counter()
             member.ask("nothing")
             calling.append(time.perf_counter() - began)
-        found, common, call = self.measured(), median(updating), median(calling)
-        work = median(work for _, _, work in self._taken)
-        unit = max(0.0, work - common) / self.units
-        return Costs(unit, common, call, max(0.0, found.overhead_s - call), found.start_s)
+        found, call = self.measured(), median(calling)
+        return Costs(found.unit_s, median(updating), call, max(0.0, found.overhead_s - call), found.start_s)
 
     def jitter(self) -> float:
         """Relative standard deviation of the work on one batch."""

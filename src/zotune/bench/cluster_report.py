@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ class ClusterReport:
         conditions: Of the simulated cluster.
         simulated: Numbers of replicas.
         measured: Real ones on this machine; empty where the costs were given.
-        predicted_s: What the simulation says of each of those steps on this machine.
+        predicted_s: What the simulation says of each of those steps on this machine, from its own `Measured.unit_s`.
         about: Model, dtype, batch size, cores of a replica; empty where the costs were given.
     """
 
@@ -48,9 +47,15 @@ class ClusterReport:
         """Directions per second against those of the first number of replicas that was measured."""
         return self.measured[0].step_s / measured.step_s
 
+    def at_best(self, measured: Measured) -> float:
+        """The same if nobody ever waited: units per second of all that are busy at once, against those of the first."""
+        first = self.measured[0]
+        busy, first_busy = min(measured.replicas, self.units), min(first.replicas, self.units)
+        return busy / measured.unit_s / (first_busy / first.unit_s)
+
     def to_json(self) -> dict[str, Any]:
         """Everything."""
-        more = [{"speedup": self.speedup(each)} for each in self.measured]
+        more = [{"speedup": self.speedup(each), "at_best": self.at_best(each)} for each in self.measured]
         measured = [asdict(each) | extra for each, extra in zip(self.measured, more, strict=True)]
         return asdict(self) | {"measured": measured, "cpu": cpu_name(), "versions": versions()}
 
@@ -68,15 +73,15 @@ class ClusterReport:
         console.print(f"{work}, {driver}; {latency}, {conditions.failures:g} losses per replica and hour")
 
     def _measured(self) -> Table:
-        table = _table(
-            "Measured", "replicas", "step, s", "predicted, s", "speed-up", "driver and Ray", "bytes", "network"
-        )
+        headings = ("replicas", "step, s", "predicted, s", "speed-up", "at best", "driver and Ray", "bytes", "network")
+        table = _table("Measured", *headings)
         for each, predicted in zip(self.measured, self.predicted_s, strict=True):
             table.add_row(
                 str(each.replicas),
                 f"{each.step_s:.3f}",
                 f"{predicted:.3f}",
                 f"{self.speedup(each):.2f}",
+                f"{self.at_best(each):.2f}",
                 f"{1e3 * each.overhead_s:.1f} ms, {each.overhead_s / each.step_s:.1%}",
                 f"{each.down_bytes:.0f} + {each.up_bytes:.0f}",
                 f"{each.network_bytes:.0f}",
@@ -167,7 +172,10 @@ def cluster(
         chosen,
         simulate(found.costs, chosen, found.units, replicas, seed),
         found.measured,
-        tuple(step_seconds(_crowded(found.costs, count * cpus), here, found.units, count, seed) for count in counts),
+        tuple(
+            step_seconds(replace(found.costs, unit=each.unit_s), here, found.units, each.replicas, seed)
+            for each in found.measured
+        ),
         {
             "model": Path(model).name if model else "the demo's",
             "data": data.name if data else "the demo's",
@@ -176,9 +184,3 @@ def cluster(
             "cores of a replica": cpus,
         },
     )
-
-
-def _crowded(costs: Costs, cpus: int) -> Costs:
-    """What work costs where more cores are asked for than this machine has."""
-    factor = max(1.0, cpus / len(os.sched_getaffinity(0)))
-    return Costs(costs.unit * factor, costs.common * factor, costs.call, costs.driver, costs.start)

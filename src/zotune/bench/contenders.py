@@ -26,7 +26,7 @@ TRAINING = ("steps", "batch_size", "eval_every")
 
 @dataclass(frozen=True)
 class Contender:
-    """A preset or a peer's procedure, with settings of its own.
+    """A preset or another procedure, with settings of its own.
 
     Attributes:
         name: Of `zotune.presets.PRESETS` or `zotune.bench.procedures.PROCEDURES`.
@@ -67,8 +67,8 @@ class Contender:
         preset = PROCEDURES[self.name].preset if self.name in PROCEDURES else self.name
         configuration.assign(table, "method.preset", preset)
         if self.name in PROCEDURES:
-            # A peer's procedure chooses none by itself.
-            configuration.assign(table, "method.lr", PRESETS[preset].method.lr)
+            # Only a preset chooses one by itself.
+            configuration.assign(table, "method.lr", PROCEDURES[self.name].lr)
         for setting in self.settings:
             section = "train" if setting.partition("=")[0].strip() in TRAINING else "method"
             configuration.override(table, f"{section}.{setting}")

@@ -1,4 +1,4 @@
-"""``zotune bench convergence``: presets and the peers' procedures learn the same rows in the same order.
+"""``zotune bench convergence``: presets and other procedures learn the same rows in the same order.
 
 A preset's training is an ordinary run directory, so one that was interrupted goes on where it stood.
 """
@@ -59,8 +59,8 @@ def convergence(
     """Train every method on every task with every seed, and keep a learning curve of each.
 
     Args:
-        methods: ``NAME,KEY=VALUE,...`` each: a preset, or a peer's procedure, ``official-lozo`` or ``official-mezo``,
-            with settings of ``[method]``, and ``steps``, ``batch_size`` and ``eval_every``, where it has its own.
+        methods: ``NAME,KEY=VALUE,...`` each: a preset, or one of `zotune.bench.procedures.PROCEDURES`, with settings of
+            ``[method]``, and ``steps``, ``batch_size`` and ``eval_every``, where it has its own.
         out: Folder of the results, with the run directories of presets in ``runs``.
         tasks: Built-in tasks.
         seeds: Of directions and batch order.

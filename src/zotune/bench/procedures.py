@@ -1,4 +1,4 @@
-"""The peers' procedures, trained on the rows of a run, in its order, and judged by its evaluation."""
+"""What presets are compared with, trained on the rows of a run, in its order, and judged by its evaluation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from zotune.errors import ConfigError
 from zotune.evaluate import Metrics, evaluate
 from zotune.objectives import CandidateCrossEntropy
 from zotune.optimizer import Method
-from zotune.presets import resolve
+from zotune.presets import PRESETS, resolve
 from zotune.rows import Example
 from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.testing.baselines.first_order import FirstOrder
 from zotune.testing.baselines.official import OfficialLozo, OfficialMezo
 
 
@@ -33,16 +34,18 @@ class Stepping(Protocol):
 
 @dataclass(frozen=True)
 class Procedure:
-    """How a peer trains.
+    """How a peer trains, or backpropagation.
 
     Attributes:
-        preset: The preset whose defaults it has.
+        preset: The preset that tunes the same parameters and whose defaults it has.
+        lr: Its own default learning rate.
         settings: Keys of the table ``[method]`` that mean something to it.
         begin: Takes a run's configuration, its model, which the steps then change in place, and its data.
         spent: What a step on a batch computes.
     """
 
     preset: str
+    lr: float
     settings: frozenset[str]
     begin: Callable[[Config, Any, Dataset], Stepping]
     spent: Callable[[Sequence[Example]], Spent]
@@ -66,6 +69,20 @@ def _mezo(config: Config, model: Any, data: Dataset) -> Stepping:
     return OfficialMezo(model, lr=method.lr, eps=method.eps, weight_decay=method.weight_decay, seed=config.train.seed)
 
 
+def _adamw(config: Config, model: Any, data: Dataset) -> Stepping:
+    method, train = resolve(config.method), config.train
+    return FirstOrder(
+        model,
+        data.objective,
+        lr=method.lr,
+        steps=train.steps,
+        weight_decay=method.weight_decay,
+        lora_rank=method.lora_rank,
+        lora_alpha=method.lora_alpha,
+        seed=train.seed,
+    )
+
+
 def _classifying(config: Config, data: Dataset) -> Method:
     """The method, where the official loss, which is that of classification, is the task's."""
     if not isinstance(data.objective, CandidateCrossEntropy):
@@ -81,11 +98,21 @@ def _padded(batch: Sequence[Example]) -> Spent:
     return Spent(2 * sum(len(example.row.candidates) for example in batch), work.padded_tokens(batch))
 
 
-_DENSE = frozenset({"lr", "eps", "weight_decay"})
+def _backward(batch: Sequence[Example]) -> Spent:
+    """One forward over a padded sequence per candidate, and a backward that computes about twice as much."""
+    lengths = [len(each.row.prompt) + len(candidate.tokens) for each in batch for candidate in each.row.candidates]
+    return Spent(3 * len(lengths), 3 * len(lengths) * max(lengths))
+
+
+_DECAYED = frozenset({"lr", "weight_decay"})
+_DENSE = _DECAYED | {"eps"}
 
 PROCEDURES = {
-    "official-lozo": Procedure("lozo", _DENSE | {"rank", "interval"}, _lozo, _padded),
-    "official-mezo": Procedure("mezo", _DENSE, _mezo, _padded),
+    "official-lozo": Procedure("lozo", PRESETS["lozo"].method.lr, _DENSE | {"rank", "interval"}, _lozo, _padded),
+    "official-mezo": Procedure("mezo", PRESETS["mezo"].method.lr, _DENSE, _mezo, _padded),
+    # Usual values; with LoRA, those of Hu et al. 2022.
+    "adamw": Procedure("mezo", 1e-5, _DECAYED, _adamw, _backward),
+    "adamw-lora": Procedure("mezo-lora", 2e-4, _DECAYED, _adamw, _backward),
 }
 """By the names that ``zotune bench convergence`` takes."""
 
@@ -94,7 +121,7 @@ def train(procedure: Procedure, config: Config) -> Iterator[Evaluated]:
     """Train as a run of this configuration would: the same rows, batches and evaluations.
 
     Args:
-        procedure: Whose steps to take, on every parameter of the model.
+        procedure: Whose steps to take.
         config: A run's; of its method only ``procedure.settings`` count.
 
     Yields:

@@ -29,8 +29,8 @@ def bench_convergence(
     method: Annotated[
         list[str],
         typer.Option(
-            help="NAME,KEY=VALUE,...: a preset, official-lozo or official-mezo, with its own method settings, steps, "
-            "batch_size, eval_every. Again for the next one."
+            help="NAME,KEY=VALUE,...: a preset, official-lozo, official-mezo, adamw or adamw-lora, with its own method "
+            "settings, steps, batch_size, eval_every. Again for the next one."
         ),
     ],
     tasks: Annotated[str, typer.Option(help="Built-in tasks, with commas: sst2,rte,cb,boolq,wic,copa.")] = "sst2",

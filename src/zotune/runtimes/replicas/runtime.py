@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,11 @@ class RayRuntime:
         inner = options.model_copy(update={"type": options.ray.inner, "threads": cpus})
         return cls(Cluster(options.ray, cpus, shards), replace(blueprint, options=inner), options.ray.replicas, run)
 
-    def plan(self, probes: Sequence[Probe], rows: Sequence[Row]) -> list[Unit]:
-        """The units of a question."""
-        return units.plan(probes, rows, split=self._options.split, unit_tokens=self._unit_tokens)
-
-    def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
-        """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
-        self._between_steps()
-        planned = self.plan(probes, rows)
+    def cut(
+        self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True
+    ) -> tuple[list[Unit], Callable[[Member, list[Unit]], Any]]:
+        """The units of a question, and what asks a member for some of them."""
+        planned = units.plan(probes, rows, split=self._options.split, unit_tokens=self._unit_tokens)
         packed = [wire.pack_probe(probe) for probe in probes]
         numbers = [self._numbers.setdefault(row, len(self._numbers)) for row in rows]
         by_number = dict(zip(numbers, rows, strict=True))
@@ -110,8 +107,13 @@ class RayRuntime:
             needed = {number: by_number[number] for found in named.values() for number in found}
             return member.begin("score", asked, normalised, rows=needed)
 
-        parts = [Part(unit.tokens, _rows(unit), unit) for unit in planned]
-        answers = self._spread(parts, begin)
+        return planned, begin
+
+    def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
+        """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
+        self._between_steps()
+        planned, begin = self.cut(probes, rows, normalised=normalised)
+        answers = self._spread([Part(unit.tokens, _rows(unit), unit) for unit in planned], begin)
         scores = [
             np.frombuffer(data, np.float32).reshape(_probes(unit), -1)
             for unit, data in zip(planned, answers, strict=True)
