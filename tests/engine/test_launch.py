@@ -21,7 +21,7 @@ from zotune.config import ModelConfig, RuntimeConfig
 from zotune.errors import ModelError
 from zotune.layout import Layout, Site
 from zotune.optimizer import Method
-from zotune.runtimes.engine import launch, memory, wire
+from zotune.runtimes.engine import launch, memory, worker_settings
 from zotune.testing import tiny
 
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 def settings(sites: tuple[Site, ...]) -> dict[str, Any]:
     layout = Layout(sites)
-    return wire.settings(Method(rank=2, interval=3), layout, 0, RuntimeConfig(type="vllm"))
+    return worker_settings.pack(Method(rank=2, interval=3), layout, 0, RuntimeConfig(type="vllm"))
 
 
 SITES = (Site("model.norm.weight", (32,)), Site("model.layers.0.mlp.down_proj.weight", (32, 48)))

@@ -17,7 +17,7 @@ from zotune.errors import ConfigError, EngineError
 from zotune.layout import Layout
 from zotune.optimizer import Method
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.engine import handshake, wire
+from zotune.runtimes.engine import handshake, worker_settings
 from zotune.runtimes.engine.lifeline import Lifeline
 from zotune.runtimes.engine.runtime import EngineRuntime, Work
 from zotune.runtimes.modules import find_sites
@@ -64,7 +64,7 @@ def start(network: PreTrainedModel, method: Method, works: Sequence[Work], *, co
         begin = partial(
             launch.start,
             ModelConfig(path=folder),
-            wire.settings(method, layout, 0, options),
+            worker_settings.pack(method, layout, 0, options),
             dtype=str(network.dtype).removeprefix("torch."),
             max_tokens=most,
             max_rows=min(512, most),

@@ -12,7 +12,8 @@ from torch import Tensor
 from zotune.errors import EngineError
 from zotune.protocol import CLEAN, DirectionKey, Probe
 from zotune.rows import Candidate, Row
-from zotune.runtimes.engine import wire
+from zotune.runtimes import wire
+from zotune.runtimes.engine import shards
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.runtime import EngineRuntime
@@ -66,7 +67,7 @@ def _check_weights(runtime: EngineRuntime, weights: Mapping[str, Tensor]) -> Non
         for name, (plain, place, column) in answer.items():
             if name not in weights:
                 continue
-            sample, expected = wire.tensor(plain), wire.shard(weights[name], place)
+            sample, expected = wire.tensor(plain), shards.take(weights[name], place)
             expected = expected if column is None else expected[:, column]
             if not _same(sample, expected[: len(sample)]):
                 raise EngineError(f"vLLM's place for {name} holds other weights than the checkpoint")

@@ -49,7 +49,7 @@ def start(
 
     Args:
         model: The checkpoint.
-        settings: What `zotune.runtimes.engine.wire.settings` wrote, for the workers.
+        settings: What `zotune.runtimes.engine.worker_settings.pack` wrote, for the workers.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         max_tokens: Most tokens of a forward.
         max_rows: Most sequences of a forward.

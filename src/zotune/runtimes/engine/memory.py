@@ -80,7 +80,7 @@ def factor_bytes(settings: Mapping[str, Any], itemsize: int, *, packs: bool) -> 
     """Bytes of everything that a worker keeps for the sites, if it has all of them whole.
 
     Args:
-        settings: What `zotune.runtimes.engine.wire.settings` wrote.
+        settings: What `zotune.runtimes.engine.worker_settings.pack` wrote.
         itemsize: Bytes of an element of the model's dtype.
         packs: Whether the engine keeps weights in another form, so that folding needs them in plain form beside it.
     """

@@ -20,8 +20,9 @@ from zotune.layout import Layout
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
+from zotune.runtimes import wire
 from zotune.runtimes.embedded import EmbeddedRuntime, twin
-from zotune.runtimes.engine import checkpoint_layout, handshake, launch, slots, wire
+from zotune.runtimes.engine import checkpoint_layout, handshake, launch, shards, slots, worker_settings
 from zotune.runtimes.engine.bank import settled
 from zotune.runtimes.engine.batch import Prepared
 from zotune.runtimes.engine.lifeline import Lifeline
@@ -117,7 +118,7 @@ class EngineRuntime:
         weights = find_sites(model, method.scope)
         layout = Layout(tuple(weights))
         most = work.forward_tokens(options.max_tokens)
-        settings = wire.settings(method, layout, seed, options)
+        settings = worker_settings.pack(method, layout, seed, options)
         start = partial(
             launch.start,
             config,
@@ -208,7 +209,7 @@ class EngineRuntime:
             return pieces[0]
         whole = torch.zeros(shapes[name.partition("/")[2]], dtype=pieces[0].dtype)
         for piece, (_, place) in zip(pieces, answers, strict=True):
-            wire.place(whole, place, piece)
+            shards.put(whole, place, piece)
         return whole
 
     def load_state(self, state: Mapping[str, Tensor], window: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from zotune.errors import ConfigError
 from zotune.protocol import CLEAN, Probe
-from zotune.runtimes.engine import wire
+from zotune.runtimes import wire
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.runtime import EngineRuntime
@@ -38,7 +38,7 @@ def options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of vLLM's ``LLM`` for the slots that a worker's settings ask for; empty where they ask for none.
 
     Args:
-        settings: What `zotune.runtimes.engine.wire.settings` wrote.
+        settings: What `zotune.runtimes.engine.worker_settings.pack` wrote.
 
     Raises:
         ConfigError: Slots cannot hold the method's directions.

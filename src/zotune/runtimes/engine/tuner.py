@@ -18,7 +18,8 @@ from zotune.errors import ModelError, reason
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe
-from zotune.runtimes.engine import wire
+from zotune.runtimes import wire
+from zotune.runtimes.engine import shards, worker_settings
 from zotune.runtimes.engine.bank import Bank
 from zotune.runtimes.engine.batch import Batch, Prepared
 from zotune.runtimes.engine.layers import Head, Layer, NormLayer, Place, TableLayer, wrap
@@ -96,7 +97,7 @@ class Tuner:
 
     Args:
         engine: What runs the model.
-        settings: What `zotune.runtimes.engine.wire.settings` wrote.
+        settings: What `zotune.runtimes.engine.worker_settings.pack` wrote.
 
     Raises:
         ModelError: A site has no place in the engine's model that is known, or no weight to fold into.
@@ -105,7 +106,7 @@ class Tuner:
     def __init__(self, engine: Engine, settings: Mapping[str, Any]) -> None:
         self.engine, self.method = engine, Method(**settings["method"])
         self._seed, self._fold = settings["seed"], settings["fold"]
-        sites = [wire.site(each) for each in settings["sites"]]
+        sites = [worker_settings.site(each) for each in settings["sites"]]
         self.places = engine.locate(sites)
         self.mix = TokenMix(
             engine.max_tokens, min(self.method.directions, MOST_DIRECTIONS), engine.dtype, engine.device
@@ -261,7 +262,7 @@ class Tuner:
     def on_tensor(self, name: str) -> tuple[Any, Any]:
         """A tensor of the state that is here, and which rows and columns of the whole it is (None: all of it)."""
         part = self.weights.part_of(name)
-        return wire.pack_tensor(self._state()[name]), part and wire.pack_part(part)
+        return wire.pack_tensor(self._state()[name]), part and shards.pack(part)
 
     def _state(self) -> dict[str, Tensor]:
         return self.weights.state() | self.space.state() | (self._bank.state() if self._bank is not None else {})
@@ -313,7 +314,7 @@ class Tuner:
                 f"the layer of {place.part.site.name!r} cannot run here, for vLLM has no kernel for it on this kind of "
                 f"processor: {reason(error)}. Use a checkpoint in another format, or another machine."
             ) from error
-        return wire.pack_tensor(sample), wire.pack_part(place.part), column
+        return wire.pack_tensor(sample), shards.pack(place.part), column
 
     def on_missed(self) -> list[str]:
         """Paths of wrapped layers that no forward has called, or whose tuning no forward heeds."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zotune import checkpoint
 from zotune.protocol import Update
-from zotune.runtimes.engine import wire
+from zotune.runtimes import wire
 
 
 @dataclass(frozen=True)

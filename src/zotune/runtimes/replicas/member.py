@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from zotune.rows import Row
-from zotune.runtimes.engine import wire
+from zotune.runtimes import wire
 from zotune.runtimes.replicas import shares
 from zotune.runtimes.replicas.cluster import Cluster, Lost, Seat, answer
 from zotune.runtimes.replicas.history import History

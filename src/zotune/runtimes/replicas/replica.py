@@ -20,9 +20,9 @@ from torch import Tensor
 from zotune.layout import Layout
 from zotune.rows import Row
 from zotune.run import versions
+from zotune.runtimes import wire
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.blueprint import Blueprint
-from zotune.runtimes.engine import wire
 from zotune.runtimes.replicas.history import update
 
 PIECE = 16 * 2**20

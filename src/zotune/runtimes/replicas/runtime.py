@@ -13,9 +13,8 @@ from torch import Tensor
 
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
-from zotune.runtimes import embedded
+from zotune.runtimes import embedded, wire
 from zotune.runtimes.blueprint import Blueprint
-from zotune.runtimes.engine import wire
 from zotune.runtimes.engine.bank import settled
 from zotune.runtimes.replicas import units
 from zotune.runtimes.replicas.board import Board

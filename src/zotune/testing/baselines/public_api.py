@@ -31,7 +31,7 @@ from zotune.layout import Layout, Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
-from zotune.runtimes.engine import launch, wire
+from zotune.runtimes.engine import launch, worker_settings
 from zotune.runtimes.engine.slots import RANKS
 from zotune.runtimes.folding import Fold
 from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
@@ -76,7 +76,7 @@ class PublicApi:
         self._targets = sorted({site.name.split(".")[-2] for site in self._weights})
         self.llm = launch.start(
             config,
-            wire.settings(method, Layout(tuple(self._weights)), seed, RuntimeConfig(type="vllm")),
+            worker_settings.pack(method, Layout(tuple(self._weights)), seed, RuntimeConfig(type="vllm")),
             dtype=str(model.dtype).removeprefix("torch."),
             max_tokens=max(_MOST_TOKENS, longest),
             max_rows=256,
