@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from zotune.cli.benching.program import BatchSize, DataFolder, Dtype, ModelPath, Rank, Scope, bench_app
+from zotune.cli.benching.program import BatchSize, DataFolder, Dtype, ModelPath, Rank, Scope, bench_app, numbers
 from zotune.cli.program import AsJson, print_json
-from zotune.errors import ConfigError
 
 
 @bench_app.command("cluster")
@@ -49,7 +48,7 @@ def bench_cluster(
         report = cluster_report.from_costs(costs, conditions, directions, seed=seed)
     else:
         report = cluster_report.cluster(
-            _counts(check),
+            numbers(int, check, "--check"),
             latency=latency_ms / 1e3,
             jitter=jitter,
             failures=failures,
@@ -68,10 +67,3 @@ def bench_cluster(
         print_json(report.to_json())
     else:
         report.render(Console())
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--check = {text!r}: give numbers of replicas with commas, for example 1,2") from None
