@@ -1,4 +1,4 @@
-"""Peak memory of zotune's steps against the bare model's inference on the same batch, each in its own process."""
+"""Peak memory of zotune's steps, of the bare model's inference and of backpropagation, each in its own process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 
 from zotune.errors import ZotuneError
 
-Side = Literal["zotune", "inference"]
+Side = Literal["zotune", "inference", "adamw", "adamw-lora"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,14 @@ class MemoryReport:
     Attributes:
         zotune: While stepping, a fold included.
         inference: While the bare model runs forward over the padded batch, logits at the last token only.
+        adamw: While every parameter is tuned by `zotune.testing.baselines.first_order`.
+        adamw_lora: The same of LoRA matrices; None where PEFT is not installed.
     """
 
     zotune: int
     inference: int
+    adamw: int
+    adamw_lora: int | None
 
     @property
     def ratio(self) -> float:
@@ -37,7 +42,7 @@ class MemoryReport:
 
 
 def measure(settings: Mapping[str, Any]) -> MemoryReport:
-    """Run both sides.
+    """Run all sides.
 
     Args:
         settings: Arguments of `zotune.bench.steps.prepare`, and ``rank``, ``scope`` and ``directions``.
@@ -45,7 +50,8 @@ def measure(settings: Mapping[str, Any]) -> MemoryReport:
     Raises:
         ZotuneError: A measuring process failed; the message has what it printed last.
     """
-    return MemoryReport(_child("zotune", settings), _child("inference", settings))
+    lora = _child("adamw-lora", settings) if find_spec("peft") else None
+    return MemoryReport(_child("zotune", settings), _child("inference", settings), _child("adamw", settings), lora)
 
 
 def _child(side: Side, settings: Mapping[str, Any]) -> int:

@@ -10,7 +10,9 @@ import torch
 
 from zotune.bench.memory import Side, forget_peak, peak_bytes
 from zotune.bench.steps import Setting, Stepper, method_of, prepare
+from zotune.presets import PRESETS
 from zotune.protocol import Update
+from zotune.testing.baselines.first_order import FirstOrder
 from zotune.testing.baselines.official import collate
 
 _STEPS = 3
@@ -25,11 +27,13 @@ def main(side: Side, settings: dict[str, Any]) -> int:
     forget_peak(device)
     if side == "inference":
         infer(setting)
-    else:
+    elif side == "zotune":
         stepper = Stepper(setting, method)
         for number in range(_STEPS):
             stepper.step(number)
         stepper.runtime.apply(Update(_STEPS, 0, (), 0.0, closes_window=True))
+    else:
+        backpropagate(setting, PRESETS["mezo-lora"].method.lora_rank if side == "adamw-lora" else None)
     return peak_bytes(device)
 
 
@@ -42,6 +46,13 @@ def infer(setting: Setting) -> None:
         first = torch.tensor(batch.sizes).cumsum(0) - torch.tensor(batch.sizes)
         ids, mask = batch.input_ids[first].to(device), batch.attention_mask[first].to(device)
         setting.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+
+
+def backpropagate(setting: Setting, lora_rank: int | None) -> None:
+    """AdamW on the same batches."""
+    tuner = FirstOrder(setting.model, setting.dataset.objective, lr=1e-5, steps=_STEPS, lora_rank=lora_rank)
+    for number in range(_STEPS):
+        tuner.step(setting.batch(number))
 
 
 if __name__ == "__main__":

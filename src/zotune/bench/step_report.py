@@ -109,6 +109,9 @@ class StepReport:
         table.add_row("share of matmul peak", peak, "")
         if self.memory is not None:
             table.add_row("peak memory over bare inference", f"{self.memory.ratio:.2f}", "")
+            for name, bytes_ in (("AdamW", self.memory.adamw), ("AdamW on LoRA", self.memory.adamw_lora)):
+                if bytes_:
+                    table.add_row(f"the same of {name}", f"{bytes_ / self.memory.inference:.2f}", "")
         console.print(table)
         self._render_phases(console)
 

@@ -37,7 +37,9 @@ def bench_step(
     directions: Directions = 1,
     repeats: Repeats = 10,
     threads: Threads = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Also compare peak memory with bare inference.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also compare peak memory with bare inference and AdamW.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Keep the result in this folder; what is there already is not measured again.")
     ] = None,
