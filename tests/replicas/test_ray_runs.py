@@ -241,3 +241,27 @@ def test_a_full_object_store_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False, timeout=300)
     assert "object store is full" in done.stdout, done.stderr
     assert int(done.stdout.split()[0]) >= 2
+
+
+@pytest.mark.slow
+def test_real_steps_are_timed_beside_what_is_predicted_of_them(
+    tiny_model_folder: Path, sentiment_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for file in sentiment_files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.dumps({"sentence": row["text"], "label": row["label"]}) for row in rows]
+        (tmp_path / file.name).write_text("\n".join(lines))
+    options = {"check": "1,2", "model": tiny_model_folder, "data": tmp_path, "dtype": "float32", "repeats": 2}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    done = subprocess.run([*PROGRAM, "bench", "cluster", *words, "--json"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    one, two = found["measured"]
+    assert (one["replicas"], two["replicas"]) == (1, 2)
+    assert (one["speedup"], one["at_best"]) == (1.0, 1.0)
+    assert two["speedup"] == pytest.approx(one["step_s"] / two["step_s"])
+    assert two["at_best"] == pytest.approx(min(2, found["units"]) * one["unit_s"] / two["unit_s"])
+    for each, predicted in zip(found["measured"], found["predicted_s"], strict=True):
+        assert 0 < each["unit_s"] < each["step_s"]
+        assert each["overhead_s"] < each["step_s"]
+        assert predicted > each["unit_s"]
+        assert each["down_bytes"] < 4096
