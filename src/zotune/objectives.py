@@ -82,6 +82,12 @@ class CompletionNLL:
         return (-means[:, starts + np.array([example.gold for example in examples])]).astype(np.float32)
 
 
+def batch_losses(objective: Objective, scores: np.ndarray, examples: Sequence[Example]) -> list[float]:
+    """The loss of every probe on a batch, the mean over its examples in double precision; see `Objective.losses`."""
+    means: list[float] = objective.losses(scores, examples).mean(axis=1, dtype=np.float64).tolist()
+    return means
+
+
 def predictions(scores: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
     """The most likely candidate of each example, by length-normalised log-likelihood.
 

@@ -17,6 +17,7 @@ from zotune.data import load as load_data
 from zotune.errors import JournalError
 from zotune.evaluate import Evaluation, evaluate
 from zotune.journal import Header, Journal
+from zotune.objectives import batch_losses
 from zotune.optimizer import Optimizer
 from zotune.presets import resolve
 from zotune.protocol import Proposal
@@ -84,8 +85,7 @@ class Session:
         objective = self.data.objective
         rows = [example.row for example in examples]
         scores = self.runtime.score(proposal.probes, rows, normalised=objective.normalised)
-        means: list[float] = objective.losses(scores, examples).mean(axis=1, dtype=np.float64).tolist()
-        return means
+        return batch_losses(objective, scores, examples)
 
     def evaluate(self) -> Evaluation:
         """Judge the weights as they are now on the validation rows."""

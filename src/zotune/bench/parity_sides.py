@@ -21,7 +21,7 @@ from zotune.bench import steps
 from zotune.bench.runtimes import start
 from zotune.config import ModelConfig
 from zotune.data import Dataset
-from zotune.objectives import CandidateCrossEntropy
+from zotune.objectives import CandidateCrossEntropy, batch_losses
 from zotune.optimizer import Method
 from zotune.protocol import Probe
 from zotune.rows import Example
@@ -162,5 +162,4 @@ def losses(
     else:
         lone = [[runtime.score([probe], [row], normalised=normalised) for row in rows] for probe in probes]
         scores = np.block(lone)
-    found: list[float] = objective.losses(scores, batch).mean(axis=1).tolist()
-    return found
+    return batch_losses(objective, scores, batch)

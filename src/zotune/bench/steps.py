@@ -19,6 +19,7 @@ from zotune.bench import work
 from zotune.bench.step_report import StepReport
 from zotune.config import DataConfig, ModelConfig
 from zotune.errors import ConfigError, DataError, unknown
+from zotune.objectives import batch_losses
 from zotune.optimizer import Method, Optimizer
 from zotune.presets import PRESETS
 from zotune.protocol import Update
@@ -240,7 +241,7 @@ class Stepper:
         batch, interval = self.setting.batch(number), self.optimizer.method.interval
         proposal = self.optimizer.ask(self.window * interval + number % interval)
         scores = self.runtime.score(proposal.probes, _rows(batch), normalised=self.objective.normalised)
-        losses = self.objective.losses(scores, batch).mean(axis=1).tolist()
+        losses = batch_losses(self.objective, scores, batch)
         update = self.optimizer.tell(proposal, losses)
         # The fold is timed by itself, so that it does not depend on how many windows the repeats happen to cross.
         self.runtime.apply(replace(update, closes_window=False))

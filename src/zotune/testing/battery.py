@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from zotune.errors import NonFiniteLossError
-from zotune.objectives import CandidateCrossEntropy
+from zotune.objectives import CandidateCrossEntropy, batch_losses
 from zotune.optimizer import Method, Optimizer
 from zotune.presets import Preset
 from zotune.protocol import CLEAN, Proposal
@@ -40,7 +40,7 @@ def quickened(method: Method) -> Method:
     one, so the same reach wants a learning rate that much smaller.
     """
     if method.lora_rank is not None:
-        return replace(method, lr=2e-2)
+        return replace(method, lr=1e-2)
     spread = method.rank * method.scale**2 if method.family == "low-rank" else 1.0
     return replace(method, lr=1e-3 / spread, interval=min(method.interval, 20))
 
@@ -51,7 +51,7 @@ def train(runtime: Runtime, optimizer: Optimizer, first: int, last: int) -> list
     for step in range(first, last):
         proposal = optimizer.ask(step)
         scores = runtime.score(proposal.probes, [example.row for example in batch])
-        told = objective.losses(scores, batch).mean(axis=1).tolist()
+        told = batch_losses(objective, scores, batch)
         runtime.apply(optimizer.tell(proposal, told))
         losses.append(optimizer.loss(told))
     return losses
