@@ -57,7 +57,8 @@ def test_what_a_machine_allows_counts_the_replicas_that_have_a_unit() -> None:
     """Two units on four replicas of two cores keep two of them busy; four units keep all four, two to a core."""
 
     def at_best(units: int, unit_s: dict[int, float]) -> list[float]:
-        measured = tuple(Measured(n, 1.0, seconds, 0.0, 0.0, 0.0, 0.0, 0.0) for n, seconds in unit_s.items())
+        batches = {n: ((1, 9.0), (units, seconds), (9, 9.0)) for n, seconds in unit_s.items()}
+        measured = tuple(Measured(n, 1.0, each, 0.0, 0.0, 0.0, 0.0, 0.0) for n, each in batches.items())
         report = ClusterReport(units, units, COSTS, CALM, (), measured, (), {})
         return [report.at_best(each) for each in measured]
 

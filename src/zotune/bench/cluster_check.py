@@ -23,7 +23,9 @@ from zotune.runtimes.replicas.runtime import RayRuntime
 from zotune.runtimes.replicas.units import Unit
 
 _CALLS = 20
-_IDLE = 3.0
+_IDLE, _LOOKS = 2.0, 4
+_IN_A_ROW = 2
+"""Units that a replica is timed with: the first after a pause takes longer than those after it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Measured:
     Attributes:
         replicas: How many.
         step_s: Median of a whole step.
-        unit_s: Median work of one unit while as many replicas as a step keeps busy have one each: it holds what they
-            share, cores and memory.
+        batches: Units of the step of each batch, and seconds of work for one of them while as many replicas work as a
+            step keeps busy, so it holds what they share of the machine; in the order of the steps' length.
         overhead_s: Median of what of it is not a replica's work: driver and Ray.
         down_bytes: Of messages to replicas per step, rows that they have left out.
         up_bytes: Of messages from replicas per step.
@@ -45,12 +47,17 @@ class Measured:
 
     replicas: int
     step_s: float
-    unit_s: float
+    batches: tuple[tuple[int, float], ...]
     overhead_s: float
     down_bytes: float
     up_bytes: float
     network_bytes: float
     start_s: float
+
+    @property
+    def usual(self) -> tuple[int, float]:
+        """Units of the step of medium length, and seconds of one of them."""
+        return self.batches[len(self.batches) // 2]
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,11 @@ class Findings:
     """All that was measured.
 
     Attributes:
-        units: Of a step.
         costs: Of a step on one replica.
         jitter: Relative standard deviation of its work.
         measured: One entry per number of replicas.
     """
 
-    units: int
     costs: Costs
     jitter: float
     measured: tuple[Measured, ...]
@@ -94,7 +99,7 @@ def measure(counts: Sequence[int], given: Mapping[str, Any], method: Method, cpu
         for start in range(0, repeats, steps.TURN):
             for side in sides:
                 side.turn(min(steps.TURN, repeats - start), idle)
-        return Findings(sides[0].units, sides[0].costs(), sides[0].jitter(), tuple(side.measured() for side in sides))
+        return Findings(sides[0].costs(), sides[0].jitter(), tuple(side.measured() for side in sides))
 
 
 class _Side:
@@ -108,7 +113,7 @@ class _Side:
         stack.enter_context(closing(self.runtime))
         self.stepper = Stepper(setting, method, self.runtime)
         self._taken: list[tuple[int, float, float]] = []
-        self._units: list[float] = []
+        self._per_token: list[float] = []
         self._network = 0.0
         for batch in range(steps.TURN):
             # Once the replicas hold the rows of these batches, no more than keys and scalars travels.
@@ -116,7 +121,7 @@ class _Side:
         self._before = replace(self.runtime.traffic)
 
     def turn(self, count: int, idle: float) -> None:
-        """Take a few steps, one per batch, then a unit of each of these batches on every replica at once."""
+        """Take a few steps, one per batch, then units of each of these batches on all replicas at once."""
         began, passed = time.perf_counter(), _loopback()
         for batch in range(count):
             start, worked = time.perf_counter(), self.runtime.timings["work"]
@@ -125,25 +130,28 @@ class _Side:
             self._taken.append((batch, taken, self.runtime.timings["work"] - worked))
         self._network += _loopback() - passed - idle * (time.perf_counter() - began)
         for batch in range(count):
-            self._units += self._at_once(batch)
+            self._per_token += self._at_once(batch)
 
     def _at_once(self, batch: int) -> list[float]:
-        """Seconds of work of the first units of a batch, on a replica each."""
+        """Seconds of work per token of a batch while all replicas that a step keeps busy have a unit or two."""
         units, begin = self._cut(batch)
         members = list(self.runtime.team.members.values())
         for member in members:
             member.ask("nothing")
-        begun = [(member, begin(member, [unit])) for member, unit in zip(members, units, strict=False)]
-        return [member.end(each)[0] for member, each in begun]
+        shares = [units[first :: len(members)][:_IN_A_ROW] for first in range(len(members))]
+        begun = [(member, share, begin(member, share)) for member, share in zip(members, shares, strict=True) if share]
+        return [member.end(each)[0] / sum(unit.tokens for unit in share) for member, share, each in begun]
 
     def _cut(self, batch: int) -> tuple[list[Unit], Callable[[Member, list[Unit]], Any]]:
         rows = [example.row for example in self.stepper.setting.batch(batch)]
         return self.runtime.cut(self.stepper.optimizer.ask(0).probes, rows)
 
-    @property
-    def units(self) -> int:
-        """Units of a step."""
-        return len(self._cut(0)[0])
+    def _batches(self) -> tuple[tuple[int, float], ...]:
+        """Units of each batch's step, and seconds of one of them, the cheapest step first."""
+        found = [self._cut(batch)[0] for batch in range(steps.TURN)]
+        found.sort(key=lambda units: sum(unit.tokens for unit in units))
+        per_token = median(self._per_token)
+        return tuple((len(units), per_token * sum(unit.tokens for unit in units) / len(units)) for units in found)
 
     def measured(self) -> Measured:
         """What the steps came to."""
@@ -151,7 +159,7 @@ class _Side:
         return Measured(
             len(self.runtime.team.members),
             step_s=median(taken for _, taken, _ in self._taken),
-            unit_s=median(self._units),
+            batches=self._batches(),
             overhead_s=median(taken - work for _, taken, work in self._taken),
             down_bytes=(now.down - self._before.down) / steps_taken,
             up_bytes=(now.up - self._before.up) / steps_taken,
@@ -171,7 +179,7 @@ class _Side:
             member.ask("nothing")
             calling.append(time.perf_counter() - began)
         found, call = self.measured(), median(calling)
-        return Costs(found.unit_s, median(updating), call, max(0.0, found.overhead_s - call), found.start_s)
+        return Costs(found.usual[1], median(updating), call, max(0.0, found.overhead_s - call), found.start_s)
 
     def jitter(self) -> float:
         """Relative standard deviation of the work on one batch."""
@@ -189,7 +197,10 @@ def _loopback() -> int:
 
 
 def _loopback_rate() -> float:
-    """Bytes per second while no step is taken."""
-    before = _loopback()
-    time.sleep(_IDLE)
-    return (_loopback() - before) / _IDLE
+    """Bytes per second while no step is taken: the least of several looks, because processes that start are noisy."""
+    looks = []
+    for _ in range(_LOOKS):
+        before = _loopback()
+        time.sleep(_IDLE)
+        looks.append((_loopback() - before) / _IDLE)
+    return min(looks)

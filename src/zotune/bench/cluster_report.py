@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -30,7 +31,7 @@ class ClusterReport:
         conditions: Of the simulated cluster.
         simulated: Numbers of replicas.
         measured: Real ones on this machine; empty where the costs were given.
-        predicted_s: What the simulation says of each of those steps on this machine, from its own `Measured.unit_s`.
+        predicted_s: What the simulation says of each of those steps on this machine, from its own `Measured.batches`.
         about: Model, dtype, batch size, cores of a replica; empty where the costs were given.
     """
 
@@ -49,9 +50,12 @@ class ClusterReport:
 
     def at_best(self, measured: Measured) -> float:
         """The same if nobody ever waited: units per second of all that are busy at once, against those of the first."""
-        first = self.measured[0]
-        busy, first_busy = min(measured.replicas, self.units), min(first.replicas, self.units)
-        return busy / measured.unit_s / (first_busy / first.unit_s)
+
+        def rate(each: Measured) -> float:
+            units, seconds = each.usual
+            return min(each.replicas, units) / seconds
+
+        return rate(measured) / rate(self.measured[0])
 
     def to_json(self) -> dict[str, Any]:
         """Everything."""
@@ -165,17 +169,15 @@ def cluster(
     found = cluster_check.measure(counts, given, steps.method_of(scope, rank, directions), cpus, repeats)
     here = Conditions(latency=0.0, jitter=found.jitter, failures=0.0)
     chosen = Conditions(latency, found.jitter if jitter is None else jitter, failures)
+    units = found.measured[0].usual[0]
     return ClusterReport(
-        found.units,
+        units,
         directions,
         found.costs,
         chosen,
-        simulate(found.costs, chosen, found.units, replicas, seed),
+        simulate(found.costs, chosen, units, replicas, seed),
         found.measured,
-        tuple(
-            step_seconds(replace(found.costs, unit=each.unit_s), here, found.units, each.replicas, seed)
-            for each in found.measured
-        ),
+        tuple(_predicted(found.costs, here, each, seed) for each in found.measured),
         {
             "model": Path(model).name if model else "the demo's",
             "data": data.name if data else "the demo's",
@@ -183,4 +185,12 @@ def cluster(
             "batch": batch_size,
             "cores of a replica": cpus,
         },
+    )
+
+
+def _predicted(costs: Costs, conditions: Conditions, measured: Measured, seed: int) -> float:
+    """The median of the simulated steps of all batches."""
+    return median(
+        step_seconds(replace(costs, unit=seconds), conditions, units, measured.replicas, seed)
+        for units, seconds in measured.batches
     )
