@@ -18,7 +18,7 @@ from zotune.optimizer import Method
 from zotune.runtimes.blueprint import Blueprint
 from zotune.runtimes.engine import checkpoint_layout
 from zotune.runtimes.replicas.cluster import Cluster, load_ray, start_local
-from zotune.runtimes.replicas.member import Member
+from zotune.runtimes.replicas.member import Member, Traffic
 from zotune.runtimes.replicas.runtime import RayRuntime
 from zotune.runtimes.replicas.units import Unit
 
@@ -115,20 +115,22 @@ class _Side:
         self._taken: list[tuple[int, float, float]] = []
         self._per_token: list[float] = []
         self._network = 0.0
+        self._traffic = Traffic()
         for batch in range(steps.TURN):
             # Once the replicas hold the rows of these batches, no more than keys and scalars travels.
             self.stepper.step(batch)
-        self._before = replace(self.runtime.traffic)
 
     def turn(self, count: int, idle: float) -> None:
         """Take a few steps, one per batch, then units of each of these batches on all replicas at once."""
-        began, passed = time.perf_counter(), _loopback()
+        began, passed, before = time.perf_counter(), _loopback(), replace(self.runtime.traffic)
         for batch in range(count):
             start, worked = time.perf_counter(), self.runtime.timings["work"]
             self.stepper.step(batch)
             taken = time.perf_counter() - start
             self._taken.append((batch, taken, self.runtime.timings["work"] - worked))
         self._network += _loopback() - passed - idle * (time.perf_counter() - began)
+        self._traffic.down += self.runtime.traffic.down - before.down
+        self._traffic.up += self.runtime.traffic.up - before.up
         for batch in range(count):
             self._per_token += self._at_once(batch)
 
@@ -155,14 +157,14 @@ class _Side:
 
     def measured(self) -> Measured:
         """What the steps came to."""
-        now, steps_taken = self.runtime.traffic, len(self._taken)
+        steps_taken = len(self._taken)
         return Measured(
             len(self.runtime.team.members),
             step_s=median(taken for _, taken, _ in self._taken),
             batches=self._batches(),
             overhead_s=median(taken - work for _, taken, work in self._taken),
-            down_bytes=(now.down - self._before.down) / steps_taken,
-            up_bytes=(now.up - self._before.up) / steps_taken,
+            down_bytes=self._traffic.down / steps_taken,
+            up_bytes=self._traffic.up / steps_taken,
             network_bytes=self._network / steps_taken,
             start_s=median(member.started for member in self.runtime.team.members.values()),
         )
