@@ -50,6 +50,7 @@ def check(line: dict[str, Any], *names: str) -> None:
         assert entry["peak_bytes"] > 50e6
 
 
+@pytest.mark.slow
 def test_torch_and_vllm_side_by_side(given: dict[str, Any]) -> None:
     pytest.importorskip("vllm")
     report = bench.runtimes(["torch", "vllm"], **given)

@@ -114,6 +114,7 @@ def test_a_module_that_cannot_be_found_is_named_as_what_is_missing(monkeypatch: 
         gate.require()
 
 
+@pytest.mark.slow
 def test_a_process_that_has_looked_for_pip_can_start_vllm() -> None:
     script = "import importlib.util as u; u.find_spec('pip'); from zotune.runtimes.engine import gate; gate.require()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

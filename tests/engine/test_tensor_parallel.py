@@ -22,10 +22,8 @@ def test_two_workers_are_the_oracle() -> None:
         conformance.check_updates(case)
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("gpt2", torch.float32), pytest.param("llama-tied", torch.bfloat16, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", torch.float32), ("llama-tied", torch.bfloat16)])
 def test_folds_of_shards_give_the_bits_of_the_whole(family: str, dtype: torch.dtype) -> None:
     method = Method(eps=1e-2, lr=1e-3, interval=3)
     whole = EmbeddedRuntime(tiny.model(family, dtype, head_size=HEAD_SIZE), method)

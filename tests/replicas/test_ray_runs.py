@@ -237,6 +237,7 @@ except EngineError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_object_store_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False, timeout=300)
     assert "object store is full" in done.stdout, done.stderr
