@@ -100,7 +100,7 @@ def _padded(batch: Sequence[Example]) -> Spent:
 
 def _backward(batch: Sequence[Example]) -> Spent:
     """One forward over a padded sequence per candidate, and a backward that computes about twice as much."""
-    lengths = [len(each.row.prompt) + len(candidate.tokens) for each in batch for candidate in each.row.candidates]
+    lengths = work.sequence_lengths(batch)
     return Spent(3 * len(lengths), 3 * len(lengths) * max(lengths))
 
 

@@ -26,9 +26,14 @@ def step_tokens(rows: Sequence[Row], probes: int) -> int:
     return probes * sum(row.n_tokens for row in rows)
 
 
+def sequence_lengths(examples: Sequence[Example]) -> list[int]:
+    """Tokens of every sequence where each candidate has one of its own."""
+    return [len(e.row.prompt) + len(c.tokens) for e in examples for c in e.row.candidates]
+
+
 def padded_tokens(examples: Sequence[Example]) -> int:
     """Tokens that the official procedure computes for a batch: two forwards of one padded sequence per candidate."""
-    lengths = [len(e.row.prompt) + len(c.tokens) for e in examples for c in e.row.candidates]
+    lengths = sequence_lengths(examples)
     return 2 * len(lengths) * (-(-max(lengths) // 8) * 8)
 
 
