@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zotune.errors import ConfigError, unknown
+from zotune.layout import Scope
 
 AUTO: Final = "auto"
 
@@ -72,7 +73,10 @@ class MethodConfig(Section):
     """How to learn; what is left out comes from the preset."""
 
     preset: str = "lozo"
-    scope: Literal["linear", "all"] | None = Field(default=None, description="linear weights only, or every parameter")
+    scope: Scope | None = Field(
+        default=None,
+        description="linear weights only, every parameter, or the norms before attention in the layers' second half",
+    )
     lr: Annotated[float, Field(ge=0, le=1e38)] | Literal["auto"] = Field(
         default=AUTO,
         description="learning rate, LOZO's official code's convention; auto: chosen by probing when the run begins",

@@ -6,6 +6,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
+
+Scope = Literal["linear", "all", "attention-norms"]
+"""What of a model is tuned.
+
+``linear``: the weights of linear layers except the output head; ``all``: every parameter; ``attention-norms``: the
+gains and biases of the norms before attention, in the second half of the layers.
+"""
 
 
 @dataclass(frozen=True)

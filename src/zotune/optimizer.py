@@ -9,6 +9,7 @@ from typing import Literal
 
 from zotune.errors import ConfigError, NonFiniteLossError
 from zotune.estimators import ESTIMATORS
+from zotune.layout import Scope
 from zotune.protocol import DirectionKey, Proposal, Update
 from zotune.schedules import factor
 
@@ -23,7 +24,7 @@ class Method:
     Attributes:
         family: ``low-rank`` directions ``U V^T`` or ``dense`` ones.
         distribution: Of the variates: ``normal`` or ``rademacher``.
-        scope: ``linear``: the weights of linear layers except the output head; ``all``: every parameter.
+        scope: What of the model is tuned; see `zotune.layout.Scope`.
         rank: Columns of U and V (low-rank).
         interval: Steps that share V, nu (low-rank).
         normalised: Whether directions are divided by ``sqrt(rank)`` (low-rank).
@@ -42,7 +43,7 @@ class Method:
 
     family: Literal["low-rank", "dense"] = "low-rank"
     distribution: Literal["normal", "rademacher"] = "normal"
-    scope: Literal["linear", "all"] = "all"
+    scope: Scope = "all"
     rank: int = 2
     interval: int = 50
     normalised: bool = False

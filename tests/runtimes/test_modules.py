@@ -17,7 +17,7 @@ from zotune.runtimes import modules
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.mixture import Vector
 from zotune.runtimes.modules import Shape, TunedNorm, find_sites
-from zotune.testing import tiny
+from zotune.testing import oracle, tiny
 from zotune.testing.oracle import DenseOracle
 
 ROWS = tiny.rows("mixed", 5, seed=1)
@@ -64,6 +64,15 @@ def test_linear_is_the_weights_of_the_layers_linear_maps(family: str) -> None:
     assert len(names) == {"opt": 12, "gpt2": 8}.get(family, 14)
     everything = [site.name for site in find_sites(model(family), "all")]
     assert names == [name for name in everything if name in names]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_attention_norms_are_the_gains_before_attention_in_the_second_half(family: str) -> None:
+    made = model(family)
+    names = [site.name for site in find_sites(made, "attention-norms")]
+    assert names == [site.name for site in oracle.sites(made, "attention-norms")]
+    assert len(names) == {"opt": 2, "gpt2": 2}.get(family, 1)
+    assert all(".1." in name for name in names), names
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -24,7 +24,7 @@ class Plan:
         batches: Examples per step.
         directions: Two-point directions per step.
         ranks: Columns of U and V.
-        scopes: ``linear`` or ``all``.
+        scopes: Of `zotune.layout.Scope`.
         dtype: Of the models; ``auto``: bfloat16 where the device multiplies it natively, else float32.
         threads: CPU threads; None: PyTorch's.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 
@@ -19,6 +19,7 @@ from zotune.bench import work
 from zotune.bench.step_report import StepReport
 from zotune.config import DataConfig, ModelConfig
 from zotune.errors import ConfigError, DataError, unknown
+from zotune.layout import Scope
 from zotune.objectives import batch_losses
 from zotune.optimizer import Method, Optimizer
 from zotune.presets import PRESETS
@@ -30,7 +31,7 @@ from zotune.runtimes.precision import product_dtype
 from zotune.testing.baselines.official import OfficialLozo
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_SCOPES = ("linear", "all")
+_SCOPES = get_args(Scope)
 TURN = 3
 """Steps in a row of either side: in a run, too, a step follows a step and not another program."""
 
@@ -74,7 +75,7 @@ def step(
         baseline_dtype: The same for the official procedure; default: ``dtype``.
         batch_size: Examples per step.
         rank: Columns of U and V.
-        scope: ``linear`` or ``all``, for zotune; the official procedure tunes every parameter.
+        scope: Of `zotune.layout.Scope`, for zotune; the official procedure tunes every parameter.
         directions: Two-point directions per step.
         repeats: Steps to time of each side, after one that is not timed.
         threads: CPU threads; default: PyTorch's.
@@ -135,7 +136,7 @@ def resolved(dtype: str) -> str:
 
 def method_of(scope: str, rank: int, directions: int) -> Method:
     """The preset ``lozo`` with these values."""
-    known = cast("Literal['linear', 'all']", scope)
+    known = cast("Scope", scope)
     return replace(PRESETS["lozo"].method, scope=known, rank=rank, directions=directions)
 
 

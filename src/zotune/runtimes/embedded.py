@@ -25,6 +25,7 @@ from zotune.runtimes.dense import DenseSpace
 from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
 from zotune.runtimes.lowrank import LowRankSpace
 from zotune.runtimes.packing import ACTIVATIONS, Pack, cut, pack
+from zotune.runtimes.trunk import Trunk
 
 _FINGERPRINT_SAMPLES = 4096
 
@@ -72,6 +73,7 @@ class EmbeddedRuntime:
         )
         self._shape = modules.Shape()
         modules.wrap(model, {site.name: state for site, state in self.space.sites.items()}, self._shape)
+        self._trunk = Trunk(model, self.layout, self._shape)
         self._attention_before = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
         self.timings = {"draw": 0.0, "pack": 0.0, "forward": 0.0, "apply": 0.0}
@@ -101,15 +103,11 @@ class EmbeddedRuntime:
         return np.concatenate(parts, axis=1)
 
     def _forward(self, packed: Pack, blocks: int) -> np.ndarray:
-        shape = self._shape
-        shape.blocks, shape.tokens, shape.vocabulary = blocks, blocks * len(packed.tokens), packed.vocabulary
+        self._shape.vocabulary = packed.vocabulary
         offsets = torch.arange(blocks, device=packed.kept.device).unsqueeze(1) * len(packed.tokens)
-        with attention.attending(packed):
+        with attention.attending(packed), self._trunk.carrying(packed, blocks) as inputs:
             logits = self.model(
-                input_ids=packed.tokens.repeat(blocks).unsqueeze(0),
-                position_ids=packed.positions.repeat(blocks).unsqueeze(0),
-                logits_to_keep=(offsets + packed.kept).flatten(),
-                use_cache=False,
+                **inputs, logits_to_keep=(offsets + packed.kept).flatten(), use_cache=False
             ).logits.view(blocks, len(packed.kept), -1)
         place, column = packed.picked
         picked = logits[:, place, column]
@@ -191,6 +189,7 @@ class EmbeddedRuntime:
 
     def close(self) -> None:
         """Give the model back its own forwards and attention."""
+        self._trunk.close()
         modules.unwrap(self.model)
         self.model.set_attn_implementation(self._attention_before)
 

@@ -78,8 +78,7 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
 
     Args:
         model: Any causal language model.
-        scope: ``linear``: weights of linear layers except the output head and experts, which do not see every token;
-            ``all``: every parameter.
+        scope: Of `zotune.layout.Scope`; ``linear`` leaves out experts as well, which do not see every token.
         lora: Only the LoRA matrices.
 
     Raises:
@@ -87,6 +86,7 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
     """
     owners = _owners(model)
     head, text = model.get_output_embeddings(), _text_parameters(model)
+    norms = _attention_norms(model) if scope == "attention-norms" else []
     found: dict[Site, Tensor] = {}
     unknown: list[str] = []
     for name, parameter in model.named_parameters():
@@ -97,6 +97,8 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
         if lora and not (linear and ".lora_" in name):
             continue
         if scope == "linear" and (not linear or owner is head):
+            continue
+        if scope == "attention-norms" and owner not in norms:
             continue
         if routed or not (_is_plain(owner) or _is_norm(owner)):
             unknown.append(f"{name} ({type(owner).__name__})")
@@ -112,6 +114,28 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
     if not found:
         raise ModelError(f"{type(model).__name__} has no parameter in scope {scope!r}")
     return found
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of the text model, first to last.
+
+    Raises:
+        ModelError: They are not one list.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder()
+    lists = [] if decoder is None else [each for each in decoder.modules() if isinstance(each, nn.ModuleList)]
+    layers = next((each for each in lists if len(each) == count), None)
+    if layers is None:
+        raise ModelError(f"cannot find the {count} layers of {type(model).__name__} as one list of modules")
+    return layers
+
+
+def _attention_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """The first norm of every layer of the second half."""
+    layers = decoder_layers(model)
+    norms = ((child for child in layer.children() if _is_norm(child)) for layer in layers[len(layers) // 2 :])
+    return [norm for norm in (next(found, None) for found in norms) if norm is not None]
 
 
 def left_out(model: PreTrainedModel, layout: Layout) -> list[str]:

@@ -7,9 +7,10 @@ every perturbation is added to the float32 weights, nothing is packed, folded or
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +19,24 @@ from transformers.pytorch_utils import Conv1D
 
 from zotune.directions import DenseDirections, Directions, LowRankDirections
 from zotune.errors import ModelError
-from zotune.layout import Site
+from zotune.layout import Scope, Site
 from zotune.optimizer import Method
 from zotune.rows import Candidate, Row
 from zotune.testing.baselines.official import UNDECAYED
 
 
-def sites(model: nn.Module, scope: Literal["linear", "all"]) -> tuple[Site, ...]:
+def sites(model: nn.Module, scope: Scope) -> tuple[Site, ...]:
     """The sites of an unmodified model, found in the plainest way, in ``named_parameters`` order.
 
     Args:
         model: A Hugging Face causal language model. Tied parameters are one site, under their first name.
-        scope: ``all``: every parameter; ``linear``: the weights of linear layers except the output head.
+        scope: See `zotune.layout.Scope`.
     """
     transposed = _transposed(model)
-    linear = _linear_weights(model)
+    chosen = {"linear": _linear_weights, "attention-norms": _attention_norms, "all": _all}[scope](model)
     found = []
     for name, parameter in model.named_parameters():
-        if scope == "all" or name in linear:
+        if name in chosen:
             shape = tuple(parameter.shape[::-1] if name in transposed else parameter.shape)
             found.append(Site(name, shape, decays=not any(part in name for part in UNDECAYED)))
     return tuple(found)
@@ -44,6 +45,18 @@ def sites(model: nn.Module, scope: Literal["linear", "all"]) -> tuple[Site, ...]
 def _transposed(model: nn.Module) -> set[str]:
     """Names of weights that are stored as ``(in, out)``."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def _all(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
+
+
+def _attention_norms(model: nn.Module) -> set[str]:
+    """By what they are called in Llama's relatives, in GPT-2 and in OPT."""
+    half = model.config.num_hidden_layers // 2  # type: ignore[union-attr, operator]
+    found = re.compile(r"\.(\d+)\.(input_layernorm|ln_1|self_attn_layer_norm)\.(weight|bias)$")
+    places = {name: found.search(name) for name, _ in model.named_parameters()}
+    return {name for name, place in places.items() if place and int(place[1]) >= half}
 
 
 def _linear_weights(model: nn.Module) -> set[str]:
