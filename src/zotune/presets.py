@@ -83,6 +83,13 @@ PRESETS = {
             Method(family="dense", lr=5e-5, eps=1e-2, lora_rank=8, lora_alpha=16),
         ),
         Preset(
+            "mezo-norms",
+            "eight dense directions a step on the norm gains before attention, in the second half of the layers",
+            f"{_MEZO}; norms as all that is tuned: Zhao, Tu, Wei, Mei and Xie 2023, Tuning LayerNorm in Attention",
+            ("one clean score for all directions in place of two points for each", "of the norms a part, see the docs"),
+            Method(scope="attention-norms", estimator="one-sided", directions=8, lr=1e-2, schedule="linear"),
+        ),
+        Preset(
             "fzoo",
             "eight sign directions a step against one clean score, the step in units of their losses' spread",
             "FZOO 2025, fast zeroth-order fine-tuning with Rademacher directions and steps normalised by their losses",
