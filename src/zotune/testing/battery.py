@@ -41,6 +41,8 @@ def quickened(method: Method) -> Method:
     """
     if method.lora_rank is not None:
         return replace(method, lr=1e-2)
+    if method.scope == "attention-norms":
+        return replace(method, lr=0.3)
     spread = method.rank * method.scale**2 if method.family == "low-rank" else 1.0
     return replace(method, lr=1e-3 / spread, interval=min(method.interval, 20))
 
