@@ -47,11 +47,7 @@ def test_embedded_families(family: str, check: Check) -> None:
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        *(
-            (family, scope)
-            for scope in ("linear", "attention-norms")
-            for family in ("opt", "gpt2", "llama-tied", "gemma3")
-        ),
+        *((family, scope) for scope in ("linear", "last-layers") for family in ("opt", "gpt2", "llama-tied", "gemma3")),
         *(("llama-tied", method) for method in ("rank-one", "rademacher", "momentum", "decay")),
         *((family, "dense") for family in ("opt", "gpt2", "llama-tied", "gemma2")),
         ("qwen2", "dense-linear"),

@@ -75,7 +75,7 @@ class MethodConfig(Section):
     preset: str = "lozo"
     scope: Scope | None = Field(
         default=None,
-        description="linear weights only, every parameter, or the norms before attention in the layers' second half",
+        description="linear weights only, every parameter, or every parameter of the last fifth of the layers",
     )
     lr: Annotated[float, Field(ge=0, le=1e38)] | Literal["auto"] = Field(
         default=AUTO,
@@ -86,6 +86,9 @@ class MethodConfig(Section):
     interval: int | None = Field(default=None, ge=1, description="steps that share V (nu)")
     directions: int | None = Field(default=None, ge=1, le=4096, description="directions per step")
     estimator: Literal["two-point", "one-sided", "standardised", "damped"] | None = None
+    calibrated: bool | None = Field(
+        default=None, description="take what the model prefers to answer off every batch's loss"
+    )
     momentum: float | None = Field(default=None, ge=0, lt=1)
     weight_decay: float | None = Field(default=None, ge=0)
     schedule: Literal["constant", "linear", "cosine"] | None = None

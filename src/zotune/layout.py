@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-Scope = Literal["linear", "all", "attention-norms"]
+Scope = Literal["linear", "all", "last-layers"]
 """What of a model is tuned.
 
-``linear``: the weights of linear layers except the output head; ``all``: every parameter; ``attention-norms``: the
-gains and biases of the norms before attention, in the second half of the layers.
+``linear``: the weights of linear layers except the output head; ``all``: every parameter; ``last-layers``: every
+parameter of the last fifth of the decoder's layers.
 """
 
 

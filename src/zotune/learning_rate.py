@@ -27,7 +27,7 @@ from zotune.optimizer import Method, Optimizer
 from zotune.protocol import DirectionKey, Proposal
 from zotune.session import Session
 
-SHARES: dict[Scope, float] = {"all": 0.005, "linear": 0.005, "attention-norms": 0.05}
+SHARES: dict[Scope, float] = {"all": 0.005, "linear": 0.005, "last-layers": 0.01}
 """Of its batch's loss, what a step with one direction may gain to first order."""
 
 DIRECTIONS = 32

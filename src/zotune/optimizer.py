@@ -30,6 +30,8 @@ class Method:
         normalised: Whether directions are divided by ``sqrt(rank)`` (low-rank).
         estimator: Of `zotune.estimators`: ``two-point``, ``one-sided``, ``standardised`` or ``damped``.
         directions: Directions per step, q.
+        calibrated: Whether what the model prefers to answer is fitted to every batch and taken off its loss; see
+            `zotune.objectives.CalibratedCrossEntropy`.
         eps: Distance of a probe from the clean model.
         lr: Learning rate, in the convention of LOZO's official code (``B -= lr * c * U``).
         momentum: Beta of LOZO-M; 0 for plain SGD (low-rank).
@@ -49,6 +51,7 @@ class Method:
     normalised: bool = False
     estimator: Literal["two-point", "one-sided", "standardised", "damped"] = "two-point"
     directions: int = 1
+    calibrated: bool = False
     eps: float = 1e-3
     lr: float = 1e-6
     momentum: float = 0.0

@@ -83,11 +83,17 @@ PRESETS = {
             Method(family="dense", lr=5e-5, eps=1e-2, lora_rank=8, lora_alpha=16),
         ),
         Preset(
-            "mezo-norms",
-            "eight dense directions a step on the norm gains before attention, in the second half of the layers",
-            f"{_MEZO}; norms as all that is tuned: Zhao, Tu, Wei, Mei and Xie 2023, Tuning LayerNorm in Attention",
-            ("one clean score for all directions in place of two points for each", "of the norms a part, see the docs"),
-            Method(scope="attention-norms", estimator="one-sided", directions=8, lr=1e-2, schedule="linear"),
+            "lozo-late",
+            "lozo on the last fifth of the layers, sixteen directions a step, answers calibrated on every batch",
+            f"{_LOZO}; calibration: Zhou et al. 2024, Batch Calibration",
+            (
+                _V_SIDE,
+                "one clean score for all directions in place of two points for each",
+                "scope and objective are ours",
+            ),
+            Method(
+                scope="last-layers", estimator="one-sided", directions=16, calibrated=True, lr=1e-2, schedule="linear"
+            ),
         ),
         Preset(
             "fzoo",

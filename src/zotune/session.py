@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from zotune.data import load as load_data
 from zotune.errors import JournalError
 from zotune.evaluate import Evaluation, evaluate
 from zotune.journal import Header, Journal
-from zotune.objectives import batch_losses
+from zotune.objectives import Objective, batch_losses, calibrated
 from zotune.optimizer import Optimizer
 from zotune.presets import resolve
 from zotune.protocol import Proposal
@@ -82,10 +83,16 @@ class Session:
 
     def losses(self, proposal: Proposal, examples: Sequence[Example]) -> list[float]:
         """The loss of every probe of a proposal on some examples, their mean in double precision."""
-        objective = self.data.objective
+        objective = self.objective
         rows = [example.row for example in examples]
         scores = self.runtime.score(proposal.probes, rows, normalised=objective.normalised)
         return batch_losses(objective, scores, examples)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What steps lower; evaluation knows the data's own alone."""
+        data = self.data
+        return calibrated(data.objective, data.train) if self.optimizer.method.calibrated else data.objective
 
     def evaluate(self) -> Evaluation:
         """Judge the weights as they are now on the validation rows."""

@@ -37,8 +37,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lozo, all, scaled embedding": ("gemma3", "lozo", WINDOWS),
     "lozo-m, two directions": ("llama", "lozo-m", {"scope": "linear", "directions": 2, **WINDOWS}),
     "mezo-factorized": ("llama-tied", "mezo-factorized", {"scope": "linear", "lr": 1e-3, "rank": 3}),
-    "mezo-norms": ("llama", "mezo-norms", {"lr": 2.0, "interval": 3}),
-    "mezo-norms, with biases": ("gpt2", "mezo-norms", {"lr": 2.0, "interval": 3}),
+    "lozo-late": ("llama-tied", "lozo-late", {"lr": 1e-2, "interval": 3}),
+    "lozo-late, transposed weights": ("gpt2", "lozo-late", {"lr": 1e-2, "interval": 3}),
     "mezo-lora": ("opt", "mezo-lora", {"lr": 1e-2}),
     "mezo-lora, transposed weights": ("gpt2", "mezo-lora", {"lr": 1e-2}),
 }

@@ -67,12 +67,11 @@ def test_linear_is_the_weights_of_the_layers_linear_maps(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_attention_norms_are_the_gains_before_attention_in_the_second_half(family: str) -> None:
+def test_the_last_layers_are_every_parameter_of_one_layer_in_five(family: str) -> None:
     made = model(family)
-    names = [site.name for site in find_sites(made, "attention-norms")]
-    assert names == [site.name for site in oracle.sites(made, "attention-norms")]
-    assert len(names) == {"opt": 2, "gpt2": 2}.get(family, 1)
-    assert all(".1." in name for name in names), names
+    names = [site.name for site in find_sites(made, "last-layers")]
+    assert names == [site.name for site in oracle.sites(made, "last-layers")]
+    assert names == [site.name for site in find_sites(made, "all") if ".1." in site.name]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -2,8 +2,7 @@
 
 Linear layers and plain embeddings carry their change as LoRA matrices. What LoRA cannot carry goes along whole: norms,
 embeddings with a forward of their own, and a head that is tied to an embedding, as ``modules_to_save``; biases as
-``bias = "lora_only"``. Those are the tuned tensors themselves, so that 16-bit rounding cannot lose the change. Where
-norms are all that is tuned, the adapter is one of PEFT's LN tuning, which holds them and nothing else.
+``bias = "lora_only"``. Those are the tuned tensors themselves, so that 16-bit rounding cannot lose the change.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Adapter:
     """What was written.
 
     Attributes:
-        rank: Of the change that the adapter holds; 0 if it holds norms alone.
+        rank: Of the change that the adapter holds.
         stored: Columns of the LoRA matrices: ``rank``, and zeros up to a rank that vLLM serves.
         error: Frobenius norm of what the adapter leaves out, relative to the whole change.
         worst: The site with the largest relative error, and that error; None if no site has one.
@@ -53,9 +52,7 @@ class Adapter:
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know of it, a sentence or two each."""
-        if not self.rank:
-            exact = "The adapter holds the tuned norms themselves (PEFT's LN tuning)."
-        elif self.worst is None:
+        if self.worst is None:
             exact = f"The adapter has rank {self.rank}, which holds the whole change of its weight matrices."
         else:
             site, error = self.worst
@@ -132,22 +129,17 @@ def write(recipe: Recipe, folder: Path, *, rank: int | None, max_error: float) -
         ConfigError: A site's error would be larger than ``max_error``, or a rank is given for what has one.
     """
     try:
-        from peft import LNTuningConfig, LoraConfig
+        from peft import LoraConfig
     except ImportError as error:
         raise ModelError("the format peft needs PEFT: pip install 'zotune[peft]'") from error
     model, tokenizer = recipe.load_base()
-    norms = recipe.method.scope == "attention-norms"
-    if norms and rank is not None:
-        raise ConfigError("the run tuned norms alone, which have no rank; leave --rank out")
-    if recipe.method.lora_rank is not None and rank is not None:
-        raise ConfigError(f"the run tuned LoRA matrices of rank {recipe.method.lora_rank}; leave --rank out")
-    if norms:
-        made, tensors, settings = _from_norms(recipe, model)
-    elif recipe.method.lora_rank is None:
+    if recipe.method.lora_rank is None:
         made, tensors, settings = _from_change(recipe, model, rank, max_error)
-    else:
+    elif rank is None:
         made, tensors, settings = _from_lora(recipe, model)
-    config = (LNTuningConfig if norms else LoraConfig)(
+    else:
+        raise ConfigError(f"the run tuned LoRA matrices of rank {recipe.method.lora_rank}; leave --rank out")
+    config = LoraConfig(
         **settings,
         task_type="CAUSAL_LM",
         base_model_name_or_path=recipe.model.path,
@@ -164,16 +156,7 @@ def write(recipe: Recipe, folder: Path, *, rank: int | None, max_error: float) -
 
 
 Parts = tuple[Adapter, dict[str, Tensor], dict[str, Any]]
-"""What is written, its tensors by name, and settings of PEFT's configuration of them."""
-
-
-def _from_norms(recipe: Recipe, model: Any) -> Parts:
-    """The norms that the run tuned, as they are."""
-    saved = Places.of(model, find_sites(model, recipe.method.scope)).saved
-    tuned = recipe.runtime(model).tuned()
-    parts = [(module, part) for module in saved for part in model.get_submodule(module).state_dict()]
-    tensors = {f"{module}.ln_tuning_layers.{part}": tuned[f"{module}.{part}"] for module, part in parts}
-    return Adapter(0, 0, 0.0, None, served=False), tensors, {"target_modules": list(saved)}
+"""What is written, its tensors by name, and settings of PEFT's LoraConfig."""
 
 
 def _from_lora(recipe: Recipe, model: Any) -> Parts:

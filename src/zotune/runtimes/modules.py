@@ -86,7 +86,7 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
     """
     owners = _owners(model)
     head, text = model.get_output_embeddings(), _text_parameters(model)
-    norms = _attention_norms(model) if scope == "attention-norms" else []
+    last = _last_layers(model) if scope == "last-layers" else set()
     found: dict[Site, Tensor] = {}
     unknown: list[str] = []
     for name, parameter in model.named_parameters():
@@ -98,7 +98,7 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
             continue
         if scope == "linear" and (not linear or owner is head):
             continue
-        if scope == "attention-norms" and owner not in norms:
+        if scope == "last-layers" and id(parameter) not in last:
             continue
         if routed or not (_is_plain(owner) or _is_norm(owner)):
             unknown.append(f"{name} ({type(owner).__name__})")
@@ -108,7 +108,7 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
         found[Site(name, tuple(weight.shape), decays)] = weight
     if unknown:
         raise ModelError(
-            f"scope 'all' cannot tune {len(unknown)} parameters exactly, among them {', '.join(unknown[:3])}. "
+            f"scope {scope!r} cannot tune {len(unknown)} parameters exactly, among them {', '.join(unknown[:3])}. "
             "Set scope = 'linear' to tune the linear layers only."
         )
     if not found:
@@ -131,11 +131,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def _attention_norms(model: PreTrainedModel) -> list[nn.Module]:
-    """The first norm of every layer of the second half."""
+def _last_layers(model: PreTrainedModel) -> set[int]:
+    """Ids of the parameters of the last fifth of the layers, one layer at least."""
     layers = decoder_layers(model)
-    norms = ((child for child in layer.children() if _is_norm(child)) for layer in layers[len(layers) // 2 :])
-    return [norm for norm in (next(found, None) for found in norms) if norm is not None]
+    return {id(parameter) for layer in layers[-max(1, len(layers) // 5) :] for parameter in layer.parameters()}
 
 
 def left_out(model: PreTrainedModel, layout: Layout) -> list[str]:

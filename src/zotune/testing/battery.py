@@ -41,10 +41,9 @@ def quickened(method: Method) -> Method:
     """
     if method.lora_rank is not None:
         return replace(method, lr=1e-2)
-    if method.scope == "attention-norms":
-        return replace(method, lr=0.3)
     spread = method.rank * method.scale**2 if method.family == "low-rank" else 1.0
-    return replace(method, lr=1e-3 / spread, interval=min(method.interval, 20))
+    lr = 1e-2 if method.scope == "last-layers" else 1e-3
+    return replace(method, lr=lr / spread, interval=min(method.interval, 20))
 
 
 def train(runtime: Runtime, optimizer: Optimizer, first: int, last: int) -> list[float]:

@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 METHODS: dict[str, Method] = {
     "all": Method(scope="all", eps=1e-2, lr=1e-3, interval=3),
     "linear": Method(scope="linear", eps=1e-2, lr=1e-3, interval=3),
-    "attention-norms": Method(scope="attention-norms", eps=0.1, lr=0.1, interval=3),
+    "last-layers": Method(scope="last-layers", eps=1e-2, lr=1e-2, interval=3),
     "rank-one": Method(rank=1, eps=1e-2, lr=1e-3, interval=3),
     "rademacher": Method(distribution="rademacher", rank=3, normalised=True, eps=1e-2, lr=1e-3, interval=1),
     "momentum": Method(momentum=0.9, eps=1e-2, lr=1e-3, interval=3, rank=4, normalised=True),

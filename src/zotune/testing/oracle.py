@@ -33,7 +33,7 @@ def sites(model: nn.Module, scope: Scope) -> tuple[Site, ...]:
         scope: See `zotune.layout.Scope`.
     """
     transposed = _transposed(model)
-    chosen = {"linear": _linear_weights, "attention-norms": _attention_norms, "all": _all}[scope](model)
+    chosen = {"linear": _linear_weights, "last-layers": _last_layers, "all": _all}[scope](model)
     found = []
     for name, parameter in model.named_parameters():
         if name in chosen:
@@ -51,12 +51,12 @@ def _all(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters()}
 
 
-def _attention_norms(model: nn.Module) -> set[str]:
-    """By what they are called in Llama's relatives, in GPT-2 and in OPT."""
-    half = model.config.num_hidden_layers // 2  # type: ignore[union-attr, operator]
-    found = re.compile(r"\.(\d+)\.(input_layernorm|ln_1|self_attn_layer_norm)\.(weight|bias)$")
-    places = {name: found.search(name) for name, _ in model.named_parameters()}
-    return {name for name, place in places.items() if place and int(place[1]) >= half}
+def _last_layers(model: nn.Module) -> set[str]:
+    """By the number in their names."""
+    config: Any = model.config
+    count = config.num_hidden_layers
+    places = {name: re.search(r"\.(?:layers|h)\.(\d+)\.", name) for name, _ in model.named_parameters()}
+    return {name for name, place in places.items() if place and int(place[1]) >= count - max(1, count // 5)}
 
 
 def _linear_weights(model: nn.Module) -> set[str]:

@@ -32,7 +32,7 @@ Rank = Annotated[int, typer.Option(min=1, help="Rank of a direction.")]
 Scope = Annotated[
     str,
     typer.Option(
-        help="linear: weights of linear layers; all: every parameter; attention-norms: see zotune presets mezo-norms."
+        help="linear: weights of linear layers; all: every parameter; last-layers: of the last fifth of the layers."
     ),
 ]
 Directions = Annotated[int, typer.Option(min=1, help="Two-point directions per step.")]
@@ -48,7 +48,7 @@ Models = Annotated[
 Batches = Annotated[str, typer.Option(help="Examples per step, numbers with commas.")]
 DirectionCounts = Annotated[str, typer.Option("--directions", help="Two-point directions per step, with commas.")]
 Ranks = Annotated[str, typer.Option(help="Ranks of a direction, with commas.")]
-Scopes = Annotated[str, typer.Option(help="linear, all, attention-norms, with commas.")]
+Scopes = Annotated[str, typer.Option(help="linear, all, last-layers, with commas.")]
 Out = Annotated[Path, typer.Option(help="Folder of results; what is there already is not measured again.")]
 Minutes = Annotated[float, typer.Option(min=0, help="Begin no case after so long; call again to go on.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Measure again what failed.")]
