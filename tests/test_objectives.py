@@ -3,7 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zotune.objectives import CandidateCrossEntropy, CompletionNLL, predictions
+from zotune.objectives import (
+    PRIOR,
+    CalibratedCrossEntropy,
+    CandidateCrossEntropy,
+    CompletionNLL,
+    calibrated,
+    predictions,
+)
 from zotune.rows import Candidate, Example, Row
 
 
@@ -96,3 +103,74 @@ def test_impossible_candidates_all_round_are_not_a_number():
 def test_scores_of_another_batch_are_refused(columns):
     with pytest.raises(ValueError, match=r"4 candidates"):
         CandidateCrossEntropy().losses(np.zeros((1, columns), np.float32), [example(1, 1), example(1, 1)])
+
+
+@st.composite
+def classifications(draw):
+    """Scores of answers that are the same for all examples, and the examples."""
+    lengths = draw(st.lists(st.integers(1, 3), min_size=2, max_size=4))
+    golds = draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6))
+    score = st.floats(-20, 0, width=32)
+    total = len(lengths) * len(golds)
+    scores = draw(st.lists(st.lists(score, min_size=total, max_size=total), min_size=1, max_size=3))
+    return np.array(scores, dtype=np.float32), [example(*lengths, gold=gold) for gold in golds]
+
+
+def shifted(scores: np.ndarray, examples: list[Example], bias: np.ndarray) -> np.ndarray:
+    """The plain mean losses with this bias off every mean log-likelihood, and its penalty, one per probe."""
+    lengths = [len(each.scored) for each in examples[0].row.candidates]
+    moved = scores - np.tile(bias * lengths, len(examples))
+    return CandidateCrossEntropy().losses(moved, examples).mean(1) + (bias**2).sum() / (2 * PRIOR**2 * len(examples))
+
+
+@given(classifications(), st.integers(0, 2**32 - 1))
+def test_calibration_fits_the_bias_that_makes_the_loss_smallest(batch, seed):
+    scores, examples = batch
+    lowest = CalibratedCrossEntropy(CandidateCrossEntropy()).losses(scores, examples).mean(1)
+    count = len(examples[0].row.candidates)
+    draws = np.random.default_rng(seed).normal(0, 3, (20, count))
+    for bias in (np.zeros(count), *draws):
+        assert (lowest <= shifted(scores, examples, bias) + 1e-4).all()
+
+
+def test_calibration_finds_the_bias_of_two_answers_by_hand():
+    """Where no margin differs between examples, the optimum is one equation, solved here by bisection."""
+    examples = [example(1, 1, gold=int(i < 3)) for i in range(4)]
+    scores = np.tile(np.array([0.0, 2.0], dtype=np.float32), 4)[None]
+    low, high = -10.0, 10.0
+    for _ in range(80):
+        bias = (low + high) / 2  # of the second answer; the first has its negative
+        slope = 0.75 - 1 / (1 + np.exp(-(2 - 2 * bias))) + bias / (PRIOR**2 * 4)
+        low, high = (bias, high) if slope < 0 else (low, bias)
+    expected = shifted(scores, examples, np.array([-bias, bias]))
+    found = CalibratedCrossEntropy(CandidateCrossEntropy()).losses(scores, examples).mean(1)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_all_examples_share_hardly_counts_once_it_is_calibrated():
+    rng = np.random.default_rng(0)
+    examples = [example(1, 1, gold=int(i % 2)) for i in range(16)]
+    scores = rng.normal(0, 1, (1, 32)).astype(np.float32)
+    preferring = scores + np.tile(np.array([0, 3], dtype=np.float32), 16)
+    plain, fitted = CandidateCrossEntropy(), CalibratedCrossEntropy(CandidateCrossEntropy())
+    moved = [float(np.ptp([each.losses(s, examples).mean() for s in (scores, preferring)])) for each in (plain, fitted)]
+    assert moved[1] < 0.2 * moved[0]
+
+
+def test_a_probe_that_is_not_finite_leaves_the_others_alone():
+    examples = [example(1, 1, gold=int(i % 2)) for i in range(4)]
+    scores = np.random.default_rng(1).normal(0, 1, (3, 8)).astype(np.float32)
+    objective = CalibratedCrossEntropy(CandidateCrossEntropy())
+    before = objective.losses(scores, examples)
+    scores[1, 2] = np.nan
+    after = objective.losses(scores, examples)
+    assert np.isnan(after[1]).all()
+    assert np.array_equal(after[[0, 2]], before[[0, 2]])
+
+
+def test_only_a_choice_between_the_same_answers_is_calibrated():
+    same, other = [example(1, 2), example(1, 2, gold=1)], [example(1, 2), example(2, 1)]
+    plain = CandidateCrossEntropy()
+    assert calibrated(plain, same) == CalibratedCrossEntropy(plain)
+    assert calibrated(plain, other) is plain
+    assert calibrated(CompletionNLL(), same) == CompletionNLL()

@@ -18,7 +18,7 @@ from zotune import config, journal
 from zotune.config import Config
 from zotune.errors import DivergedError
 from zotune.protocol import Update
-from zotune.run import RunDirectory
+from zotune.run import RunDirectory, resolved
 from zotune.runtimes import blueprint
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.session import Session
@@ -250,3 +250,11 @@ def test_progress_is_printed_unless_a_reporter_is_given(
     assert lines[-1].startswith("step 4/4  loss ")
     zotune.start(configure(output="silent", train={"steps": 2}), zotune.SilentReporter())
     assert capsys.readouterr().out == ""
+
+
+def test_a_calibrated_method_steps_by_another_loss_and_is_judged_by_the_plain_one(configure: Configure) -> None:
+    plain = Session.build(resolved(configure(output="plain")))
+    fitted = Session.build(resolved(configure(output="fitted", method={"calibrated": True})))
+    proposal, (examples, _) = plain.optimizer.ask(0), plain.batch(0)
+    assert all(c < p for c, p in zip(fitted.losses(proposal, examples), plain.losses(proposal, examples), strict=True))
+    assert fitted.evaluate().metrics == plain.evaluate().metrics

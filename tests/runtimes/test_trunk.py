@@ -1,0 +1,51 @@
+"""Layers below the first that is tuned run once for all probes."""
+
+import numpy as np
+import pytest
+
+from zotune.optimizer import Method
+from zotune.protocol import CLEAN, DirectionKey, Probe
+from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.modules import decoder_layers
+from zotune.testing import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROBES = [CLEAN, *(Probe(DirectionKey(0, 0, index), 1, 0.1) for index in range(3))]
+
+
+def tokens_seen(runtime: EmbeddedRuntime) -> list[int]:
+    """Tokens that each layer's result had in a forward of all probes."""
+    seen: list[int] = []
+    layers = decoder_layers(runtime.model)
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, args, out: seen.append((out[0] if isinstance(out, tuple) else out).numel())
+        )
+        for layer in layers
+    ]
+    runtime.score(PROBES, tiny.rows("single", 5, seed=2))
+    for hook in hooks:
+        hook.remove()
+    return [count // runtime.model.config.hidden_size for count in seen]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
+def test_only_layers_from_the_first_tuned_one_see_every_probe(family: str) -> None:
+    below, above = tokens_seen(EmbeddedRuntime(tiny.model(family), Method(scope="last-layers")))
+    assert above == len(PROBES) * below
+    for scope in ("linear", "all"):
+        assert tokens_seen(EmbeddedRuntime(tiny.model(family), Method(scope=scope))) == [above, above]
+
+
+def test_rows_that_are_cut_and_one_token_alone_branch_as_well() -> None:
+    rows, method = tiny.rows("mixed", 7, seed=1), Method(scope="last-layers")
+    whole = EmbeddedRuntime(tiny.model("llama"), method).score(PROBES, rows)
+    cut = EmbeddedRuntime(tiny.model("llama"), method, max_tokens=40).score(PROBES, rows)
+    np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_closing_takes_the_hooks_off() -> None:
+    model = tiny.model("llama")
+    EmbeddedRuntime(model, Method(scope="last-layers")).close()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
