@@ -25,7 +25,6 @@ Files = tuple[Path, Path]
         ({}, lambda slopes, losses: slopes[0] ** 2),
         ({"directions": 4}, lambda slopes, losses: sum(s * s for s in slopes) / 4),
         ({"directions": 4, "estimator": "one-sided"}, lambda slopes, losses: sum(s * s for s in slopes) / 4),
-        ({"scope": "last-layers"}, lambda slopes, losses: slopes[0] ** 2 / 2),
         ({"preset": "fzoo"}, lambda slopes, losses: 1e-4 * sum(s * s for s in slopes) / 8 / pstdev(losses[1:])),
     ],
 )

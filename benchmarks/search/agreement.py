@@ -3,8 +3,8 @@
     python benchmarks/search/agreement.py --rows 256 --data data/sst2
 
 Sites gain in proportion to ``(g / T)^2``, with g the squared norm of the gradient over all examples and T the trace of
-the loss's curvature (docs/methods.md, ``lozo-late``). Of a choice between two answers with probabilities p and 1 - p and
-difference of logits f the Gauss-Newton curvature is ``p (1 - p) |grad f|^2``. What all examples' ``grad f`` have in
+the loss's curvature (docs/methods.md, ``lozo-late``). Of a choice between two answers with probabilities p and 1 - p
+and difference of logits f the Gauss-Newton curvature is ``p (1 - p) |grad f|^2``. What all examples' ``grad f`` have in
 common moves nothing but the preference for one answer: calibration takes it off. This prints, for every kind of site in
 every fifth of the layers, g without it, T with and without it, and both ratios, by backpropagation of one example at a
 time. The model's preference for one answer, which any step repairs first, is taken off before.

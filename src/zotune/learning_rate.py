@@ -5,11 +5,11 @@ be had at once. What a step of ours gains on its own batch is known exactly to f
 and slopes ``s_i = <g, D_i>`` it is ``lr sum_i c_i s_i``. Most of that is noise of one batch and one direction, so only
 a small share of Polyak's step can be taken again and again:
 
-    lr = share * sqrt(q) * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
+    lr = SHARE * sqrt(q) * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
 
 This follows what the best learning rate depends on: the scale of the weights and of the loss, the rank and scale of a
-direction, the estimator. More directions are less noise, and with it the usual square root. The share is the larger the
-more the examples' gradients agree on what is tuned, and was found by experiment; see docs/methods.md.
+direction, the estimator. More directions are less noise, and with it the usual square root. SHARE was found by
+experiment; see docs/methods.md.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from statistics import fmean
 from zotune.config import AUTO
 from zotune.errors import ConfigError
 from zotune.estimators import ESTIMATORS
-from zotune.layout import Scope
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import DirectionKey, Proposal
 from zotune.session import Session
 
-SHARES: dict[Scope, float] = {"all": 0.005, "linear": 0.005, "last-layers": 0.01}
+SHARE = 0.005
 """Of its batch's loss, what a step with one direction may gain to first order."""
 
 DIRECTIONS = 32
@@ -83,7 +82,7 @@ def automatic(session: Session) -> float:
             f"method.lr = 'auto' finds nothing to go by: the losses of {DIRECTIONS} probes or more are not finite or "
             "all equal. Set method.lr to a number, another method.eps, or model.dtype = 'float32'."
         )
-    return float(f"{SHARES[method.scope] * math.sqrt(method.directions) * fmean(levels) / gain:.1e}")
+    return float(f"{SHARE * math.sqrt(method.directions) * fmean(levels) / gain:.1e}")
 
 
 def probed_steps(method: Method) -> int:
