@@ -116,19 +116,12 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
     return found
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the text model, first to last.
-
-    Raises:
-        ModelError: They are not one list.
-    """
-    count = model.config.get_text_config().num_hidden_layers
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the text model, first to last; none where they are not one list of modules."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     decoder = model.get_decoder()
     lists = [] if decoder is None else [each for each in decoder.modules() if isinstance(each, nn.ModuleList)]
-    layers = next((each for each in lists if len(each) == count), None)
-    if layers is None:
-        raise ModelError(f"cannot find the {count} layers of {type(model).__name__} as one list of modules")
-    return layers
+    return next((list(each) for each in lists if len(each) == count), [])
 
 
 def _last_layers(model: PreTrainedModel) -> set[int]:

@@ -44,11 +44,13 @@ class Trunk:
         first = 1 if self._hooks else blocks
         self._blocks, self._tokens = blocks, len(pack.tokens)
         self._shape.blocks, self._shape.tokens = first, first * self._tokens
-        yield {
-            "input_ids": pack.tokens.repeat(first).unsqueeze(0),
-            "position_ids": pack.positions.repeat(first).unsqueeze(0),
-        }
-        self._blocks = 1
+        try:
+            yield {
+                "input_ids": pack.tokens.repeat(first).unsqueeze(0),
+                "position_ids": pack.positions.repeat(first).unsqueeze(0),
+            }
+        finally:
+            self._blocks = 1
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -63,8 +65,8 @@ class Trunk:
 
     def _one_sequence(self, decoder: nn.Module, args: Any, output: Any) -> None:
         # GPT-2 gives its result the input's length, as if a block were another row of the batch.
-        states = output.last_hidden_state
-        output.last_hidden_state = states.reshape(1, -1, states.shape[-1])
+        if self._blocks > 1:
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1).unsqueeze(0)
 
     def _repeated(self, value: Any) -> Any:
         if isinstance(value, tuple):
@@ -76,11 +78,11 @@ class Trunk:
 
 def _above_the_trunk(model: PreTrainedModel, layout: Layout) -> list[nn.Module]:
     """The layers from the first that holds a site; none if that is all of them, or a site lies outside the layers."""
-    layers = list(decoder_layers(model))
+    layers = decoder_layers(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held = [{names[id(parameter)] for parameter in layer.parameters()} for layer in layers]
     tuned = {site.name for site in layout.sites}
-    if not tuned <= set().union(*held):
+    if not tuned <= {name for own in held for name in own}:
         return []
     first = next(at for at, own in enumerate(held) if own & tuned)
     return layers[first:] if first else []
