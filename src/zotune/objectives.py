@@ -97,11 +97,12 @@ class CalibratedCrossEntropy:
         """See `Objective.losses`; the penalty of b is part of every example's loss."""
         means, _, counts = _length_normalised(scores, examples)
         answers = means.reshape(len(scores), len(examples), counts[0])
-        bias = _fitted_bias(answers, np.array([example.gold for example in examples]))
+        with np.errstate(invalid="ignore"):
+            bias = _fitted_bias(answers, np.array([example.gold for example in examples]))
         lengths = np.array([len(candidate.scored) for example in examples for candidate in example.row.candidates])
-        calibrated = (means - np.tile(bias, len(examples))) * lengths
+        shifted = (means - np.tile(bias, len(examples))) * lengths
         penalty = (bias**2).sum(1, keepdims=True) / (2 * PRIOR**2 * len(examples))
-        return (self.plain.losses(calibrated, examples) + penalty).astype(np.float32)
+        return (self.plain.losses(shifted, examples) + penalty).astype(np.float32)
 
 
 def calibrated(objective: Objective, examples: Sequence[Example]) -> Objective:
