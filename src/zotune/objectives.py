@@ -64,13 +64,7 @@ class CandidateCrossEntropy:
 
     def losses(self, scores: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
         """See `Objective.losses`; NaN where a score of the example is NaN, infinite where the gold one is minus it."""
-        means, starts, counts = _length_normalised(scores, examples)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            highest = np.maximum.reduceat(means, starts, axis=1)
-            shifted = np.exp(means - np.repeat(highest, counts, axis=1))
-            total = highest + np.log(np.add.reduceat(shifted, starts, axis=1))
-            gold = starts + np.array([example.gold for example in examples])
-            return (total - means[:, gold]).astype(np.float32)
+        return _cross_entropy(*_length_normalised(scores, examples), _gold(examples)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -95,14 +89,13 @@ class CalibratedCrossEntropy:
 
     def losses(self, scores: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
         """See `Objective.losses`; the penalty of b is part of every example's loss."""
-        means, _, counts = _length_normalised(scores, examples)
-        answers = means.reshape(len(scores), len(examples), counts[0])
+        means, starts, counts = _length_normalised(scores, examples)
+        gold, count = _gold(examples), len(examples)
         with np.errstate(invalid="ignore"):
-            bias = _fitted_bias(answers, np.array([example.gold for example in examples]))
-        lengths = np.array([len(candidate.scored) for example in examples for candidate in example.row.candidates])
-        shifted = (means - np.tile(bias, len(examples))) * lengths
-        penalty = (bias**2).sum(1, keepdims=True) / (2 * PRIOR**2 * len(examples))
-        return (self.plain.losses(shifted, examples) + penalty).astype(np.float32)
+            bias = _fitted_bias(means.reshape(len(scores), count, -1), gold)
+        penalty = (bias**2).sum(1, keepdims=True) / (2 * PRIOR**2 * count)
+        losses = _cross_entropy(means - np.tile(bias, count), starts, counts, gold)
+        return (losses + penalty).astype(np.float32)
 
 
 def calibrated(objective: Objective, examples: Sequence[Example]) -> Objective:
@@ -146,7 +139,7 @@ class CompletionNLL:
     def losses(self, scores: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
         """See `Objective.losses`."""
         means, starts, _ = _length_normalised(scores, examples)
-        return (-means[:, starts + np.array([example.gold for example in examples])]).astype(np.float32)
+        return (-means[:, starts + _gold(examples)]).astype(np.float32)
 
 
 def batch_losses(objective: Objective, scores: np.ndarray, examples: Sequence[Example]) -> list[float]:
@@ -172,6 +165,20 @@ def predictions(scores: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
     beyond = means.shape[1]
     first = np.minimum.reduceat(np.where(best, places, beyond), starts, axis=1)
     return np.where(first == beyond, -1, first).astype(np.int64)
+
+
+def _gold(examples: Sequence[Example]) -> np.ndarray:
+    """Index of the right candidate of every example."""
+    return np.array([example.gold for example in examples])
+
+
+def _cross_entropy(means: np.ndarray, starts: np.ndarray, counts: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Cross-entropy over each example's candidates, float64 ``(probes, examples)``; see `_length_normalised`."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        highest = np.maximum.reduceat(means, starts, axis=1)
+        shifted = np.exp(means - np.repeat(highest, counts, axis=1))
+        total = highest + np.log(np.add.reduceat(shifted, starts, axis=1))
+        return total - means[:, starts + gold]
 
 
 def _length_normalised(scores: np.ndarray, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
