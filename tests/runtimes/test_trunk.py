@@ -38,7 +38,7 @@ def test_only_layers_from_the_first_tuned_one_see_every_probe(family: str) -> No
         assert tokens_seen(EmbeddedRuntime(tiny.model(family), Method(scope=scope))) == [above, above]
 
 
-def test_rows_that_are_cut_and_one_token_alone_branch_as_well() -> None:
+def test_rows_that_are_cut_branch_as_well() -> None:
     rows, method = tiny.rows("mixed", 7, seed=1), Method(scope="last-layers")
     whole = EmbeddedRuntime(tiny.model("llama"), method).score(PROBES, rows)
     cut = EmbeddedRuntime(tiny.model("llama"), method, max_tokens=40).score(PROBES, rows)
