@@ -5,11 +5,12 @@ be had at once. What a step of ours gains on its own batch is known exactly to f
 and slopes ``s_i = <g, D_i>`` it is ``lr sum_i c_i s_i``. Most of that is noise of one batch and one direction, so only
 a small share of Polyak's step can be taken again and again:
 
-    lr = SHARE * sqrt(q) * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
+    lr = SHARE * q * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
 
 This follows what the best learning rate depends on: the scale of the weights and of the loss, the rank and scale of a
-direction, the estimator. More directions are less noise, and with it the usual square root. SHARE was found by
-experiment; see docs/methods.md.
+direction, the estimator. What one direction adds off the gradient outweighs the rest, and the mean over ``q`` of them
+has it ``q`` times less (linear scaling: Malladi et al. 2023, MeZO, appendix A). SHARE was found by experiment; see
+docs/methods.md.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from zotune.optimizer import Method, Optimizer
 from zotune.protocol import DirectionKey, Proposal
 from zotune.session import Session
 
-SHARE = 0.005
+SHARE = 0.004
 """Of its batch's loss, what a step with one direction may gain to first order."""
 
-DIRECTIONS = 32
-"""How many to probe. The mean of as many squared slopes is known to a quarter of itself, which is enough."""
+STEPS = 32
+"""Batches to probe. They differ by a factor of ten in how steep they are, so few of them do not tell."""
+
+DIRECTIONS = 4
+"""Most to probe of each: more tell less than another batch does."""
 
 
 def settled(session: Session, notice: Callable[[str], None]) -> Session:
@@ -47,7 +51,7 @@ def settled(session: Session, notice: Callable[[str], None]) -> Session:
     if config.method.lr != AUTO:
         return session
     lr = automatic(session)
-    notice(f"learning rate {lr:g}, chosen by {DIRECTIONS} probes or more; method.lr = NUMBER sets another")
+    notice(f"learning rate {lr:g}, chosen by probes on {STEPS} batches; method.lr = NUMBER sets another")
     method = replace(session.optimizer.method, lr=lr)
     chosen = config.model_copy(update={"method": config.method.model_copy(update={"lr": lr})})
     return replace(session, config=chosen, optimizer=Optimizer(method, session.optimizer.steps))
@@ -57,16 +61,16 @@ def automatic(session: Session) -> float:
     """The learning rate for a session before its first step, rounded to two digits.
 
     Args:
-        session: Probed on the batches and along the directions of its first steps; nothing of it changes.
+        session: Probed on the batches of its first steps; nothing of it changes.
 
     Raises:
         ConfigError: No loss is finite, or none changes along any direction.
     """
     method = session.optimizer.method
-    estimator = ESTIMATORS[method.estimator]
+    estimator, optimizer = ESTIMATORS[method.estimator], probing(method)
     levels, gains = [], []
-    for step in range(probed_steps(method)):
-        proposal = _in_first_window(session.optimizer.ask(step))
+    for step in range(STEPS):
+        proposal = _in_first_window(optimizer.ask(step))
         losses, eps = session.losses(proposal, session.batch(step)[0]), proposal.probes[-1].eps
         if not all(map(math.isfinite, losses)):
             continue
@@ -79,15 +83,16 @@ def automatic(session: Session) -> float:
     gain = fmean(gains) if gains else math.nan
     if not 0 < gain < math.inf:
         raise ConfigError(
-            f"method.lr = 'auto' finds nothing to go by: the losses of {DIRECTIONS} probes or more are not finite or "
-            "all equal. Set method.lr to a number, another method.eps, or model.dtype = 'float32'."
+            f"method.lr = 'auto' finds nothing to go by: the losses of its probes on {STEPS} batches are not "
+            "finite or all equal. Set method.lr to a number, another method.eps, or model.dtype = 'float32'."
         )
-    return float(f"{SHARE * math.sqrt(method.directions) * fmean(levels) / gain:.1e}")
+    return float(f"{SHARE * method.directions * fmean(levels) / gain:.1e}")
 
 
-def probed_steps(method: Method) -> int:
-    """How many steps' batches and directions are probed."""
-    return -(-DIRECTIONS // method.directions)
+def probing(method: Method) -> Optimizer:
+    """Asks for what is probed of a method: fewer directions, at the distance that it begins with."""
+    few = min(method.directions, DIRECTIONS)
+    return Optimizer(replace(method, directions=few, schedule="constant", warmup_steps=0), STEPS)
 
 
 def _in_first_window(proposal: Proposal) -> Proposal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,25 @@ from zotune.runtimes.replicas.runtime import RayRuntime
 from zotune.testing import tiny
 
 
+class LentSeat(Seat):
+    """A seat that can be taken back: the thread that starts a replica may still be at work when it is dismissed."""
+
+    def __init__(self, own: Seat) -> None:
+        self.own, self.node, self.cores = own, own.node, own.cores
+        self._over = False
+        self._lock = threading.Lock()
+
+    def begin(self, method: str, *arguments: Any) -> Any:
+        with self._lock:
+            if self._over:
+                raise Lost("its process ended")
+            return self.own.begin(method, *arguments)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._over = True
+
+
 class WarmCluster(Cluster):
     """Gives the process of a replica that is let go to the next one, because to start one takes seconds."""
 
@@ -28,14 +48,24 @@ class WarmCluster(Cluster):
         while self._idle:
             seat = self._idle.pop()
             if _answers(seat):
-                self._seats.append(seat)
-                return seat
-        return super().hire(patience)
+                return self._lend(seat)
+        seat = super().hire(patience)
+        if seat is None:
+            return None
+        self._seats.remove(seat)
+        return self._lend(seat)
+
+    def _lend(self, seat: Seat) -> Seat:
+        lent = LentSeat(seat)
+        self._seats.append(lent)
+        return lent
 
     def dismiss(self, seat: Seat) -> None:
         if seat in self._seats:
+            assert isinstance(seat, LentSeat)
             self._seats.remove(seat)
-            self._idle.append(seat)
+            seat.leave()
+            self._idle.append(seat.own)
 
 
 def _answers(seat: Seat) -> bool:

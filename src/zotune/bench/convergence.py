@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from zotune import demo
+from zotune import demo, learning_rate
 from zotune.bench import cases, curve, work
 from zotune.bench.contenders import Contender, Entry, enter
 from zotune.bench.curve import Evaluated, Spent
@@ -23,7 +23,6 @@ from zotune.config import AUTO
 from zotune.data import BatchOrder
 from zotune.errors import ModelError
 from zotune.journal.branches import open_run
-from zotune.learning_rate import probed_steps
 from zotune.presets import resolve
 from zotune.progress import SilentReporter
 from zotune.rows import Example
@@ -122,11 +121,12 @@ def measure(entry: Entry) -> cases.Figures:
     _, data = load(entry.config, mapped=True)
     method, options = entry.config.method, entry.config.train
     order = BatchOrder(len(data.train), options.batch_size, options.seed)
-    probed = probed_steps(resolve(method)) if method.lr == AUTO else 0
-    return {
-        **curve.figures(curve.along(found, curve.spending(spent, data.train, order, options.steps, probed))),
-        "lr": lr,
-    }
+    before = Spent()
+    if method.lr == AUTO:
+        probed = _packed(len(learning_rate.probing(resolve(method)).ask(0).probes))
+        before = curve.spending(probed, data.train, order, learning_rate.STEPS)[-1]
+    spending = curve.spending(spent, data.train, order, options.steps, before)
+    return {**curve.figures(curve.along(found, spending)), "lr": lr}
 
 
 def _cost(entry: Entry) -> float:

@@ -29,6 +29,9 @@ class Spent:
         return Spent(self.rows + other.rows, self.tokens + other.tokens)
 
 
+_NOTHING = Spent()
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """An evaluation on the validation rows.
@@ -89,7 +92,7 @@ def spending(
     train: Sequence[Example],
     order: BatchOrder,
     steps: int,
-    probed: int = 0,
+    before: Spent = _NOTHING,
 ) -> list[Spent]:
     """What has been spent after 0, 1, ... ``steps`` steps.
 
@@ -98,10 +101,10 @@ def spending(
         train: The training rows.
         order: Of the batches.
         steps: Of the training.
-        probed: Steps whose probes were scored before the first one, to choose a learning rate.
+        before: What choosing a learning rate had spent before the first one.
     """
-    each = [step([train[index] for index in order.indices(number)]) for number in range(max(steps, probed))]
-    return list(accumulate(each[:steps], initial=sum(each[:probed], Spent())))
+    each = (step([train[index] for index in order.indices(number)]) for number in range(steps))
+    return list(accumulate(each, initial=before))
 
 
 def reached(curve: Curve, accuracy: float) -> Point | None:
