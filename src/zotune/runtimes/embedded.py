@@ -20,7 +20,7 @@ from zotune.layout import Layout
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
-from zotune.runtimes import attention, generation, lora, modules
+from zotune.runtimes import attention, generation, heap, lora, modules
 from zotune.runtimes.dense import DenseSpace
 from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
 from zotune.runtimes.lowrank import LowRankSpace
@@ -76,6 +76,8 @@ class EmbeddedRuntime:
         self._trunk = Trunk(model, self.layout, self._shape)
         self._attention_before = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
+        if model.device.type == "cpu":
+            heap.keep_freed()
         self.timings = {"draw": 0.0, "pack": 0.0, "forward": 0.0, "apply": 0.0}
 
     @torch.inference_mode()
