@@ -48,7 +48,7 @@ def test_it_is_a_share_of_the_loss_over_what_a_step_gains(
         gains.append(gain(slopes, losses))
         levels.append(sum(losses) / len(losses))
     # Rounded to two digits.
-    expected = 0.004 * directions * sum(levels) / sum(gains)
+    expected = 0.012 * directions**0.5 * sum(levels) / sum(gains)
     assert learning_rate.automatic(session) == pytest.approx(expected, rel=0.051)
     session.close()
 

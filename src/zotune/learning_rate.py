@@ -5,12 +5,11 @@ be had at once. What a step of ours gains on its own batch is known exactly to f
 and slopes ``s_i = <g, D_i>`` it is ``lr sum_i c_i s_i``. Most of that is noise of one batch and one direction, so only
 a small share of Polyak's step can be taken again and again:
 
-    lr = SHARE * q * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
+    lr = SHARE * sqrt(q) * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
 
 This follows what the best learning rate depends on: the scale of the weights and of the loss, the rank and scale of a
-direction, the estimator. What one direction adds off the gradient outweighs the rest, and the mean over ``q`` of them
-has it ``q`` times less (linear scaling: Malladi et al. 2023, MeZO, appendix A). SHARE was found by experiment; see
-docs/methods.md.
+direction, the estimator. More directions are less noise, and with it the usual square root. SHARE was found by
+experiment; see docs/methods.md.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from zotune.optimizer import Method, Optimizer
 from zotune.protocol import DirectionKey, Proposal
 from zotune.session import Session
 
-SHARE = 0.004
+SHARE = 0.012
 """Of its batch's loss, what a step with one direction may gain to first order."""
 
 STEPS = 32
@@ -86,7 +85,7 @@ def automatic(session: Session) -> float:
             f"method.lr = 'auto' finds nothing to go by: the losses of its probes on {STEPS} batches are not "
             "finite or all equal. Set method.lr to a number, another method.eps, or model.dtype = 'float32'."
         )
-    return float(f"{SHARE * method.directions * fmean(levels) / gain:.1e}")
+    return float(f"{SHARE * math.sqrt(method.directions) * fmean(levels) / gain:.1e}")
 
 
 def probing(method: Method) -> Optimizer:
