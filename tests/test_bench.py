@@ -84,6 +84,7 @@ def test_a_kept_comparison_is_not_measured_again_and_stands_in_the_report(
     assert f"| {line['step_s']:.3f} | {line['baseline_step_s']:.3f} | {line['ratio']:.2f} |" in shown
 
 
+@pytest.mark.slow
 def test_memory_counts_what_each_process_needs(model: str, data: Path) -> None:
     settings = {"model": model, "data": data, "dtype": "float32", "batch_size": 4, "threads": 1}
     found = memory.measure({**settings, "scope": "all", "rank": 2, "directions": 1})

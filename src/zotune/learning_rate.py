@@ -5,11 +5,12 @@ be had at once. What a step of ours gains on its own batch is known exactly to f
 and slopes ``s_i = <g, D_i>`` it is ``lr sum_i c_i s_i``. Most of that is noise of one batch and one direction, so only
 a small share of Polyak's step can be taken again and again:
 
-    lr = SHARE * sqrt(q) * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
+    lr = SHARE * q ** GROWTH * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
 
 This follows what the best learning rate depends on: the scale of the weights and of the loss, the rank and scale of a
-direction, the estimator. More directions are less noise, and with it the usual square root. SHARE was found by
-experiment; see docs/methods.md.
+direction, the estimator. What one direction adds off the gradient is averaged over ``q``: they allow ``q`` times the
+rate while that is all that limits it (Malladi et al. 2023, MeZO), and less where batches do. SHARE and GROWTH were
+found by experiment; see docs/methods.md.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from zotune.optimizer import Method, Optimizer
 from zotune.protocol import DirectionKey, Proposal
 from zotune.session import Session
 
-SHARE = 0.012
+SHARE = 0.006
 """Of its batch's loss, what a step with one direction may gain to first order."""
+
+GROWTH = 0.75
+"""Power of the number of directions that the learning rate grows with."""
 
 STEPS = 32
 """Batches to probe. They differ by a factor of ten in how steep they are, so few of them do not tell."""
@@ -36,11 +40,12 @@ DIRECTIONS = 4
 """Most to probe of each: more tell less than another batch does."""
 
 
-def settled(session: Session, notice: Callable[[str], None]) -> Session:
+def settled(session: Session, begun: Callable[[str], None], notice: Callable[[str], None]) -> Session:
     """The session with a learning rate, chosen now if its configuration leaves it open.
 
     Args:
         session: Before its first step.
+        begun: Told at once that it is being chosen, which takes as long as many steps.
         notice: Told what was chosen.
 
     Raises:
@@ -49,8 +54,9 @@ def settled(session: Session, notice: Callable[[str], None]) -> Session:
     config = session.config
     if config.method.lr != AUTO:
         return session
+    begun(f"choosing the learning rate by probes on {STEPS} batches")
     lr = automatic(session)
-    notice(f"learning rate {lr:g}, chosen by probes on {STEPS} batches; method.lr = NUMBER sets another")
+    notice(f"learning rate {lr:g}, chosen by probes; method.lr = NUMBER sets another")
     method = replace(session.optimizer.method, lr=lr)
     chosen = config.model_copy(update={"method": config.method.model_copy(update={"lr": lr})})
     return replace(session, config=chosen, optimizer=Optimizer(method, session.optimizer.steps))
@@ -85,7 +91,7 @@ def automatic(session: Session) -> float:
             f"method.lr = 'auto' finds nothing to go by: the losses of its probes on {STEPS} batches are not "
             "finite or all equal. Set method.lr to a number, another method.eps, or model.dtype = 'float32'."
         )
-    return float(f"{SHARE * math.sqrt(method.directions) * fmean(levels) / gain:.1e}")
+    return float(f"{SHARE * method.directions**GROWTH * fmean(levels) / gain:.1e}")
 
 
 def probing(method: Method) -> Optimizer:

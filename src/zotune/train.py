@@ -69,10 +69,11 @@ def start(config: Config, reporter: Reporter | None = None, callbacks: Sequence[
     """
     RunDirectory(Path(config.output)).refuse_existing()
     config = resolved(config)
-    reporter = _together(config, reporter, callbacks)
+    first = reporter or TerminalReporter(Console())
+    reporter = _together(config, first, callbacks)
     with closing(Session.build(config)) as session:
         notices: list[str] = []
-        session = learning_rate.settled(session, notices.append)
+        session = learning_rate.settled(session, first.notice, notices.append)
         run = RunDirectory.create(session.config, session.header())
         journal = Journal.open(run.journal)
         journal.claim()
@@ -103,7 +104,7 @@ def resume(
             )
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
     notices: list[str] = []
-    reporter = _together(config, reporter, callbacks)
+    reporter = _together(config, reporter or TerminalReporter(Console()), callbacks)
     session, journal = restore(run, config, notice=notices.append)
     with closing(session):
         if len(journal.entries) > config.train.steps:
@@ -149,8 +150,7 @@ def take_step(session: Session, step: int, journal: Journal) -> Entry:
     return entry
 
 
-def _together(config: Config, reporter: Reporter | None, callbacks: Sequence[Reporter]) -> Reporter:
-    first = reporter or TerminalReporter(Console())
+def _together(config: Config, first: Reporter, callbacks: Sequence[Reporter]) -> Reporter:
     return Reporters(first, *trackers.build(config, first.notice), *callbacks)
 
 

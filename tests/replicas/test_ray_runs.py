@@ -132,6 +132,7 @@ for setting in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_is_named(configure: Configure, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(config.dump(configure(runtime={"type": "ray", "ray": RAY})))
