@@ -52,7 +52,7 @@ def test_a_run_from_python(
 ) -> None:
     run(monkeypatch, "api.py", tiny_model_folder, sentiment_files[0])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "run runs/api: 200 steps"
+    assert lines[:2] == ["choosing the learning rate by probes on 32 batches", "run runs/api: 200 steps"]
     assert re.fullmatch(r"loss \S+ -> \S+ in \d+ s; picture: runs/api/curves\.png", lines[-1])
     assert (tmp_path / "runs" / "api" / "curves.png").stat().st_size > 1000
 

@@ -15,9 +15,9 @@ from zotune.runtimes import heap
 if sys.argv[1] == "keep":
     heap.keep_freed()
 x, up, down = torch.randn(6000, 64), torch.randn(1600, 64), torch.randn(64, 1600)
-for _ in range(10):
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
+    for _ in range(2):
         y = F.linear(F.silu(F.linear(x, up)) * F.linear(x, up), down) + x
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
