@@ -11,6 +11,8 @@ import pytest
 
 from zotune.bench.results import every
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_steps.py"
 LACKING = ("typer", "matplotlib", "jinja2", "tensorboardX", "peft", "datasets")
 
@@ -26,7 +28,6 @@ def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.mark.slow
 def test_a_table_in_one_command(tmp_path: Path) -> None:
     done = run(tmp_path / "out", "--batches", "2", "--runtimes", "torch")
     assert done.returncode == 0, done.stderr
