@@ -315,7 +315,7 @@ def other_files(world: World, draw: st.DataObject) -> None:
     assert_nothing_else_changed(world)
 
 
-@pytest.mark.parametrize("share", [0.1, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.15, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("target", "examples"),
     [(configurations, 500), (data_files, 500), (journals, 450), (checkpoints, 350), (other_files, 200)],

@@ -125,7 +125,7 @@ def measure(entry: Entry) -> cases.Figures:
     if method.lr == AUTO:
         probed = _packed(len(learning_rate.probing(resolve(method)).ask(0).probes))
         before = curve.spending(probed, data.train, order, learning_rate.STEPS)[-1]
-    spending = curve.spending(spent, data.train, order, options.steps, before)
+    spending = [before + each for each in curve.spending(spent, data.train, order, options.steps)]
     return {**curve.figures(curve.along(found, spending)), "lr": lr}
 
 

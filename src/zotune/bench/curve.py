@@ -29,9 +29,6 @@ class Spent:
         return Spent(self.rows + other.rows, self.tokens + other.tokens)
 
 
-_NOTHING = Spent()
-
-
 @dataclass(frozen=True)
 class Evaluated:
     """An evaluation on the validation rows.
@@ -92,7 +89,6 @@ def spending(
     train: Sequence[Example],
     order: BatchOrder,
     steps: int,
-    before: Spent = _NOTHING,
 ) -> list[Spent]:
     """What has been spent after 0, 1, ... ``steps`` steps.
 
@@ -101,10 +97,9 @@ def spending(
         train: The training rows.
         order: Of the batches.
         steps: Of the training.
-        before: What choosing a learning rate had spent before the first one.
     """
     each = (step([train[index] for index in order.indices(number)]) for number in range(steps))
-    return list(accumulate(each, initial=before))
+    return list(accumulate(each, initial=Spent()))
 
 
 def reached(curve: Curve, accuracy: float) -> Point | None:
