@@ -51,6 +51,7 @@ def test_embedded_families(family: str, check: Check) -> None:
         *(("llama-tied", method) for method in ("rank-one", "rademacher", "momentum", "decay")),
         *((family, "dense") for family in ("opt", "gpt2", "llama-tied", "gemma2")),
         ("qwen2", "dense-linear"),
+        ("opt", "dense-last-layers"),
     ],
 )
 def test_embedded_methods(family: str, method: str, check: Check) -> None:

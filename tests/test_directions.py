@@ -38,6 +38,21 @@ def test_a_low_rank_direction_is_u_times_v_and_a_vector_is_z(scale: float) -> No
     assert not torch.allclose(first, third)
 
 
+def test_a_direction_is_zero_where_it_is_not_a_sites_turn() -> None:
+    first, second, always = (
+        replace(site, turn=turn) for site, turn in zip(SITES, [(0, 2), (1, 2), (0, 1)], strict=True)
+    )
+    for made in (low_rank((first, second, always)), DenseDirections((first, second, always), seed=3)):
+        every = (low_rank() if isinstance(made, LowRankDirections) else DenseDirections(SITES, seed=3)).dense(KEY)
+        found = made.dense(KEY)
+        assert KEY.window == 2
+        assert equal([found[0], found[2]], [every[0], every[2]])
+        assert not found[1].any()
+        later = made.dense(replace(KEY, window=3))
+        assert not later[0].any()
+        assert later[1].all()
+
+
 @pytest.mark.parametrize("field", ["window", "step", "index"])
 def test_every_part_of_a_key_counts(field: str) -> None:
     other = replace(KEY, **{field: 40})

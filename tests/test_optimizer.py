@@ -158,6 +158,7 @@ def test_the_loss_for_people_is_the_mean_over_probes() -> None:
     ("values", "message"),
     [
         ({"family": "dense", "momentum": 0.9}, "momentum = 0.9 needs low-rank directions.*lozo-m"),
+        ({"scope": "last-layers", "momentum": 0.9}, "momentum = 0.9 would go on moving layers .* set momentum = 0, or"),
         ({"lora_rank": 8}, "LoRA.*dense.*mezo-lora"),
     ],
 )

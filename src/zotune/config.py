@@ -75,7 +75,7 @@ class MethodConfig(Section):
     preset: str = "lozo"
     scope: Scope | None = Field(
         default=None,
-        description="linear weights only, every parameter, or every parameter of the last fifth of the layers",
+        description="linear weights only, every parameter, or the last two fifths of the layers in turn",
     )
     lr: Annotated[float, Field(ge=0, le=1e38)] | Literal["auto"] = Field(
         default=AUTO,

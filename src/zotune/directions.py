@@ -2,7 +2,8 @@
 
 Two families share one vocabulary. A *low-rank* direction of a matrix is ``scale * U V^T`` (Chen et al. 2025, LOZO;
 Li and Ding 2026 with a scale of ``1 / sqrt(r)``), where V is fixed for a window. A *dense* direction is one variate
-per weight (Malladi et al. 2023, MeZO). Vectors (biases, norm gains) are dense in both.
+per weight (Malladi et al. 2023, MeZO). Vectors (biases, norm gains) are dense in both. Sites may take turns, a window
+each (`zotune.layout.Site.turn`): a direction is zero where it is not a site's turn.
 """
 
 from __future__ import annotations
@@ -51,7 +52,13 @@ class LowRankDirections:
 
     def draw(self, key: DirectionKey) -> Tensor:
         """U and z of all sites as one flat float32 tensor; ``factors.views`` cuts it into ``(out, r)`` and ``(n,)``."""
-        return self.factors.draw(f"U/{self.seed}/{key.step}/{key.index}")
+        drawn = self.factors.draw(f"U/{self.seed}/{key.step}/{key.index}")
+        waiting = [at for at, site in enumerate(self.sites) if not site.moves(key.window)]
+        if waiting:
+            views = self.factors.views(drawn)
+            for at in waiting:
+                views[at].zero_()
+        return drawn
 
     def window(self, index: int) -> list[Tensor | None]:
         """V of every matrix, float32 ``(in, r)`` with the scale applied; None for a vector."""
@@ -75,11 +82,13 @@ class DenseDirections:
         distribution: Distribution = "normal",
         device: torch.device | str = "cpu",
     ) -> None:
-        self.sites, self.seed = tuple(sites), seed
+        self.sites, self.seed, self._device = tuple(sites), seed, device
         self._blocks = {site.name: NoiseBlock([site.name], [site.shape], distribution, device) for site in sites}
 
     def draw(self, key: DirectionKey, site: Site) -> Tensor:
         """The direction at one site, float32, of its shape."""
+        if not site.moves(key.window):
+            return torch.zeros(site.shape, device=self._device)
         block = self._blocks[site.name]
         return block.views(block.draw(f"z/{self.seed}/{key.step}/{key.index}"))[0]
 

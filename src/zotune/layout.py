@@ -12,7 +12,7 @@ Scope = Literal["linear", "all", "last-layers"]
 """What of a model is tuned.
 
 ``linear``: the weights of linear layers except the output head; ``all``: every parameter; ``last-layers``: every
-parameter of the last fifth of the decoder's layers.
+parameter of the last two fifths of the decoder's layers, the last and the one below it in turn, a window each.
 """
 
 
@@ -26,11 +26,18 @@ class Site:
             An embedding is ``(vocabulary, width)``.
         decays: Whether weight decay applies: by its name, as in the official code of MeZO and LOZO, it does not to
             biases and to what is called layer norm.
+        turn: ``(k, n)``: directions move the site in every n-th window, beginning with window k.
     """
 
     name: str
     shape: tuple[int, ...]
     decays: bool = True
+    turn: tuple[int, int] = (0, 1)
+
+    def moves(self, window: int) -> bool:
+        """Whether directions of this window move the site; elsewhere they are zero there."""
+        first, every = self.turn
+        return window % every == first
 
     @property
     def is_matrix(self) -> bool:
@@ -54,8 +61,9 @@ class Layout:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 of names and shapes, in order; equal fingerprints mean interchangeable journals."""
-        text = json.dumps([[site.name, site.shape, site.decays] for site in self.sites])
+        """Hexadecimal SHA-256 of all that sites are, in order; equal fingerprints mean interchangeable journals."""
+        always = Site.turn
+        text = json.dumps([[s.name, s.shape, s.decays] + ([s.turn] if s.turn != always else []) for s in self.sites])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

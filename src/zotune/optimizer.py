@@ -68,6 +68,11 @@ class Method:
                 f"momentum = {self.momentum} needs low-rank directions: for dense ones it would take a second copy of "
                 "the model. Use the preset lozo-m, or momentum = 0."
             )
+        if self.momentum and self.scope == "last-layers":
+            raise ConfigError(
+                f"momentum = {self.momentum} would go on moving layers that are not at their turn; with scope = "
+                "'last-layers' set momentum = 0, or another scope"
+            )
         if self.lora_rank is not None and self.family != "dense":
             raise ConfigError("LoRA matrices are tuned with dense directions; use the preset mezo-lora")
         if self.estimator == "standardised" and self.directions < 2:

@@ -84,8 +84,8 @@ PRESETS = {
         ),
         Preset(
             "lozo-late",
-            "lozo on the last fifth of the layers, sixteen directions a step, answers calibrated on every batch",
-            f"{_LOZO}; calibration: Zhou et al. 2024, Batch Calibration",
+            "lozo on the last two fifths of the layers in turn, sixteen directions a step, answers calibrated",
+            f"{_LOZO}; calibration: Zhou et al. 2024, Batch Calibration; turns: Park et al. 2025, MeZO-BCD",
             (
                 _V_SIDE,
                 "one clean score for all directions in place of two points for each",

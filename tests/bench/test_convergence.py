@@ -289,8 +289,8 @@ def test_a_kept_search_is_a_sweep() -> None:
 
 
 def _forwards(config: Config) -> float:
-    """Of a row in a step; below the last fifth of the layers all probes share one."""
+    """Of a row in a step; below the last fifth of the layers, or the last two in turn, all probes share one."""
     method = config.method
     assert method.directions is not None
     probes = 1 + method.directions if method.estimator == "one-sided" else 2 * method.directions
-    return 0.8 + 0.2 * probes if method.scope == "last-layers" else probes
+    return 0.7 + 0.3 * probes if method.scope == "last-layers" else probes

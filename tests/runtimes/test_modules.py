@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -67,11 +68,25 @@ def test_linear_is_the_weights_of_the_layers_linear_maps(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_last_layers_are_every_parameter_of_one_layer_in_five(family: str) -> None:
+def test_the_last_layers_take_turns_beginning_with_the_very_last(family: str) -> None:
     made = model(family)
-    names = [site.name for site in find_sites(made, "last-layers")]
-    assert names == [site.name for site in oracle.sites(made, "last-layers")]
-    assert names == [site.name for site in find_sites(made, "all") if ".1." in site.name]
+    sites = tuple(find_sites(made, "last-layers"))
+    assert sites == oracle.sites(made, "last-layers")
+    assert [site.name for site in sites] == [s.name for s in find_sites(made, "all") if re.search(r"\.[01]\.", s.name)]
+    assert all(site.turn == ((0, 2) if ".1." in site.name else (1, 2)) for site in sites)
+
+
+@pytest.mark.parametrize(
+    ("layers", "turns"),
+    [(1, {(0, 1): {"0"}}), (4, {(0, 2): {"3"}, (1, 2): {"2"}}), (11, {(0, 2): {"9", "10"}, (1, 2): {"7", "8"}})],
+)
+def test_a_turn_is_a_fifth_of_the_layers(layers: int, turns: dict[tuple[int, int], set[str]]) -> None:
+    config = tiny.config("llama")
+    config.num_hidden_layers = layers
+    found: dict[tuple[int, int], set[str]] = {}
+    for site in find_sites(AutoModelForCausalLM.from_config(config), "last-layers"):
+        found.setdefault(site.turn, set()).add(site.name.split(".")[2])
+    assert found == turns
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -1,9 +1,11 @@
 """Layers below the first that is tuned run once for all probes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from zotune.optimizer import Method
+from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN, DirectionKey, Probe
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.modules import decoder_layers
@@ -14,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PROBES = [CLEAN, *(Probe(DirectionKey(0, 0, index), 1, 0.1) for index in range(3))]
 
 
-def tokens_seen(runtime: EmbeddedRuntime) -> list[int]:
-    """Tokens that each layer's result had in a forward of all probes."""
+def tokens_seen(runtime: EmbeddedRuntime, window: int = 0) -> list[int]:
+    """Tokens that each layer's result had in a forward of all probes of a window."""
     seen: list[int] = []
     layers = decoder_layers(runtime.model)
     hooks = [
@@ -24,7 +26,8 @@ def tokens_seen(runtime: EmbeddedRuntime) -> list[int]:
         )
         for layer in layers
     ]
-    runtime.score(PROBES, tiny.rows("single", 5, seed=2))
+    probes = [Probe(replace(p.key, window=window) if p.key else None, p.sign, p.eps) for p in PROBES]
+    runtime.score(probes, tiny.rows("single", 5, seed=2))
     for hook in hooks:
         hook.remove()
     return [count // runtime.model.config.hidden_size for count in seen]
@@ -32,8 +35,13 @@ def tokens_seen(runtime: EmbeddedRuntime) -> list[int]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
 def test_only_layers_from_the_first_tuned_one_see_every_probe(family: str) -> None:
-    below, above = tokens_seen(EmbeddedRuntime(tiny.model(family), Method(scope="last-layers")))
+    runtime = EmbeddedRuntime(tiny.model(family), Method(scope="last-layers", interval=1))
+    below, above = tokens_seen(runtime)
     assert above == len(PROBES) * below
+    runtime.apply(Optimizer(runtime.method, 3).update(0, (1.0,)))
+    assert tokens_seen(runtime, window=1) == [above, above], "in the second window it is the first layer's turn"
+    runtime.apply(Optimizer(runtime.method, 3).update(1, (1.0,)))
+    assert tokens_seen(runtime, window=2) == [below, above]
     for scope in ("linear", "all"):
         assert tokens_seen(EmbeddedRuntime(tiny.model(family), Method(scope=scope))) == [above, above]
 

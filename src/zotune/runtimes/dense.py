@@ -27,7 +27,7 @@ Draw = Callable[[], Tensor]
 class DenseMatrix:
     """A linear or embedding weight as every block sees it; see `zotune.runtimes.lowrank.LowRankMatrix`."""
 
-    keep = 1.0
+    keep, moves = 1.0, True
 
     def probe(self, directions: Sequence[Draw], mix: Mixture) -> None:
         """Take how to draw this step's directions, and how the blocks mix them."""
@@ -36,6 +36,8 @@ class DenseMatrix:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """``x_k W_k^T + bias`` of every block; arguments as in `LowRankMatrix.linear`."""
+        if not self.moves:
+            return F.linear(x, weight, bias)
         y = x.new_empty(*x.shape[:2], len(weight))
         for block in self._unmoved():
             y[block] = F.linear(x[block], weight, bias)
@@ -88,6 +90,7 @@ class DenseSpace:
         keys = list(dict.fromkeys(probe.key for probe in probes if probe.key is not None))
         mix = Mixture.of(probes, keys, self.device)
         for site, state in self.sites.items():
+            state.moves = site.moves(self.window)
             draws = [self._draw(key, site) for key in keys]
             if isinstance(state, Vector):
                 state.probe([draw() for draw in draws], mix)

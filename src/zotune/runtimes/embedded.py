@@ -21,6 +21,7 @@ from zotune.optimizer import Method
 from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
 from zotune.runtimes import attention, generation, heap, lora, modules
+from zotune.runtimes.crown import Crown
 from zotune.runtimes.dense import DenseSpace
 from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
 from zotune.runtimes.lowrank import LowRankSpace
@@ -72,6 +73,7 @@ class EmbeddedRuntime:
             else MasterFold({site.name: weight for site, weight in self._weights.items()})
         )
         self._shape = modules.Shape()
+        self._crown = Crown(model, self._shape)
         modules.wrap(model, {site.name: state for site, state in self.space.sites.items()}, self._shape)
         self._trunk = Trunk(model, self.layout, self._shape)
         self._attention_before = model.config._attn_implementation
@@ -107,10 +109,11 @@ class EmbeddedRuntime:
     def _forward(self, packed: Pack, blocks: int) -> np.ndarray:
         self._shape.vocabulary = packed.vocabulary
         offsets = torch.arange(blocks, device=packed.kept.device).unsqueeze(1) * len(packed.tokens)
-        with attention.attending(packed), self._trunk.carrying(packed, blocks) as inputs:
-            logits = self.model(
-                **inputs, logits_to_keep=(offsets + packed.kept).flatten(), use_cache=False
-            ).logits.view(blocks, len(packed.kept), -1)
+        scored = (offsets + packed.kept).flatten()
+        trunk = self._trunk.carrying(packed, blocks, self.space.window)
+        with attention.attending(packed), self._crown.scoring(scored), trunk as inputs:
+            logits = self.model(**inputs, logits_to_keep=scored, use_cache=False).logits
+        logits = logits.view(blocks, len(packed.kept), -1)
         place, column = packed.picked
         picked = logits[:, place, column]
         if packed.vocabulary is None:

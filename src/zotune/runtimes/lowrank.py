@@ -36,11 +36,12 @@ class LowRankMatrix:
     Attributes:
         update: B, float32 ``(out, r)``, a view of the space's flat buffer.
         keep: What weight decay has left of the weight in this window.
+        moves: Whether it is the site's turn in this window; B and all directions are zero otherwise.
     """
 
     def __init__(self, update: Tensor) -> None:
         self.update = update
-        self.keep = 1.0
+        self.keep, self.moves = 1.0, True
 
     def open_window(self, v: Tensor) -> None:
         """Take the window's V, float32 ``(in, r)``."""
@@ -50,6 +51,8 @@ class LowRankMatrix:
     def probe(self, directions: list[Tensor], shift: Tensor, mix: Mixture) -> None:
         """Take this step's U, float32 ``(out, r)`` each, and what of them each block has, ``(blocks, out, r)``."""
         self._directions, self._mix = directions, mix
+        if not self.moves:
+            return
         # B and the shift stay apart, because in 16 bits their sum would round the smaller one away.
         self._factors = torch.cat([self.update.expand_as(shift), shift], 2).mT.contiguous()
 
@@ -62,12 +65,14 @@ class LowRankMatrix:
             bias: ``(out,)`` or None.
             rows: Output rows that ``weight`` holds; None for all.
         """
-        factors = self._factors if rows is None else self._factors[:, :, rows]
         if self.keep == 1.0:
             y = F.linear(x, weight, bias)
         else:
             y = F.linear(x, weight).mul_(self.keep)
             y = y if bias is None else y.add_(bias)
+        if not self.moves:
+            return y
+        factors = self._factors if rows is None else self._factors[:, :, rows]
         if x.dtype not in self._projectors:
             self._projectors[x.dtype] = self._projectors[torch.float32].to(x.dtype)
         return y.baddbmm_(F.linear(x, self._projectors[x.dtype]), factors.to(x.dtype))
@@ -109,8 +114,8 @@ class LowRankSpace:
         """Draw V and start from no update."""
         self.window = index
         self.factors.zero_()
-        for state, v in zip(self.sites.values(), self.directions.window(index), strict=True):
-            state.keep = 1.0
+        for (site, state), v in zip(self.sites.items(), self.directions.window(index), strict=True):
+            state.keep, state.moves = 1.0, site.moves(index)
             if isinstance(state, LowRankMatrix) and v is not None:
                 state.open_window(v)
 

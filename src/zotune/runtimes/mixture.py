@@ -41,15 +41,20 @@ class Mixture:
 
 
 class Vector:
-    """A bias or norm gain ``(n,)`` as every block sees it: as stored, plus ``shift``, float32 ``(blocks, n)``."""
+    """A bias or norm gain ``(n,)`` as every block sees it: as stored, plus ``shift``.
+
+    Attributes:
+        shift: float32 ``(blocks, n)``; ``(1, n)`` where it is not the site's turn and all blocks see the same.
+        moves: Whether it is.
+    """
 
     def __init__(self, update: Tensor) -> None:
         self.update = update
-        self.keep = 1.0
+        self.keep, self.moves = 1.0, True
 
     def probe(self, directions: list[Tensor], mix: Mixture) -> None:
         """Take this step's z, float32 ``(n,)`` each, and how the blocks mix them."""
-        self.shift = mix.weights @ torch.stack([self.update, *directions])
+        self.shift = mix.weights @ torch.stack([self.update, *directions]) if self.moves else self.update.unsqueeze(0)
 
     def change(self, rows: slice) -> Tensor:
         """The accumulated update of some elements, float32."""

@@ -86,7 +86,7 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
     """
     owners = _owners(model)
     head, text = model.get_output_embeddings(), _text_parameters(model)
-    last = _last_layers(model) if scope == "last-layers" else set()
+    turns = _last_layers(model) if scope == "last-layers" else None
     found: dict[Site, Tensor] = {}
     unknown: list[str] = []
     for name, parameter in model.named_parameters():
@@ -98,14 +98,15 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
             continue
         if scope == "linear" and (not linear or owner is head):
             continue
-        if scope == "last-layers" and id(parameter) not in last:
+        if turns is not None and id(parameter) not in turns:
             continue
         if routed or not (_is_plain(owner) or _is_norm(owner)):
             unknown.append(f"{name} ({type(owner).__name__})")
             continue
         weight = parameter.data.T if isinstance(owner, Conv1D) and linear else parameter.data
         decays = not any(part in name for part in _UNDECAYED)
-        found[Site(name, tuple(weight.shape), decays)] = weight
+        turn = Site.turn if turns is None else turns[id(parameter)]
+        found[Site(name, tuple(weight.shape), decays, turn)] = weight
     if unknown:
         raise ModelError(
             f"scope {scope!r} cannot tune {len(unknown)} parameters exactly, among them {', '.join(unknown[:3])}. "
@@ -124,10 +125,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return next((list(each) for each in lists if len(each) == count), [])
 
 
-def _last_layers(model: PreTrainedModel) -> set[int]:
-    """Ids of the parameters of the last fifth of the layers, one layer at least."""
-    layers = decoder_layers(model)
-    return {id(parameter) for layer in layers[-max(1, len(layers) // 5) :] for parameter in layer.parameters()}
+def _last_layers(model: PreTrainedModel) -> dict[int, tuple[int, int]]:
+    """Turns of the parameters of the last fifth of the layers and of the fifth below it, of one layer at least each."""
+    layers = decoder_layers(model)[::-1]
+    fifth = max(1, len(layers) // 5)
+    parts = [part for part in (layers[:fifth], layers[fifth : 2 * fifth]) if part]
+    return {
+        id(parameter): (k, len(parts))
+        for k, part in enumerate(parts)
+        for layer in part
+        for parameter in layer.parameters()
+    }
 
 
 def left_out(model: PreTrainedModel, layout: Layout) -> list[str]:
@@ -290,7 +298,7 @@ class TunedNorm:
         axis = self.shape.token_axis(normed)
         y = normed.unflatten(axis, (self.shape.blocks, -1))
         spread = [1] * y.dim()
-        spread[axis], spread[-1] = self.shape.blocks, y.shape[-1]
+        spread[axis], spread[-1] = len(self.gain.shift), y.shape[-1]
         y.mul_((self.weight.float() * self.gain.keep + self.offset + self.gain.shift).view(spread))
         if self.shift is not None and self.bias is not None:
             y.add_((self.bias.float() * self.shift.keep + self.shift.shift).view(spread))

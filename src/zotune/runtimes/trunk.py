@@ -1,20 +1,22 @@
 """The trunk: layers below the first that is tuned see the same weights under every probe, so they run once for all.
 
 A pack goes into the model as one block. Before the first tuned layer its activations, and before every layer from there
-on what transformers hands each of them anew (rotary factors, positions), are repeated, a block per probe.
+on what transformers hands each of them anew (rotary factors, positions), are repeated, a block per probe. Where sites
+take turns, how far the trunk reaches depends on the window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zotune.layout import Layout
+from zotune.layout import Layout, Site
 from zotune.runtimes.modules import Shape, decoder_layers
 from zotune.runtimes.packing import Pack
 
@@ -29,20 +31,26 @@ class Trunk:
     """
 
     def __init__(self, model: PreTrainedModel, layout: Layout, shape: Shape) -> None:
-        self._shape, self._blocks, self._tokens = shape, 1, 1
-        branches = _above_the_trunk(model, layout)
-        self._hooks = [layer.register_forward_pre_hook(self._branch, with_kwargs=True) for layer in branches]
-        if branches:
+        self._shape, self._blocks, self._tokens, self._top = shape, 1, 1, 0
+        self._layer_of = _layers_of(model, layout)
+        windows = max(site.turn[1] for site in layout.sites)
+        reached = [self._reach(window) for window in range(windows)]
+        self._hooks = []
+        if any(reached):
+            branching = list(enumerate(decoder_layers(model)))[min(reached) :]
+            for at, layer in branching:
+                self._hooks.append(layer.register_forward_pre_hook(partial(self._branch, at), with_kwargs=True))
             self._hooks.append(model.get_decoder().register_forward_hook(self._one_sequence))
 
     @contextmanager
-    def carrying(self, pack: Pack, blocks: int) -> Iterator[dict[str, Tensor]]:
+    def carrying(self, pack: Pack, blocks: int, window: int) -> Iterator[dict[str, Tensor]]:
         """The model's arguments for as many blocks of a pack: one of them if there is a trunk, else all.
 
-        Inside, activations branch where the trunk ends.
+        Inside, activations branch where the trunk of the window ends.
         """
-        first = 1 if self._hooks else blocks
-        self._blocks, self._tokens = blocks, len(pack.tokens)
+        self._top = self._reach(window)
+        first = 1 if self._top else blocks
+        self._blocks, self._tokens = blocks if self._top else 1, len(pack.tokens)
         self._shape.blocks, self._shape.tokens = first, first * self._tokens
         try:
             yield {
@@ -57,8 +65,12 @@ class Trunk:
         for hook in self._hooks:
             hook.remove()
 
-    def _branch(self, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._blocks == 1:
+    def _reach(self, window: int) -> int:
+        """Layers below the first that directions of the window move."""
+        return min((layer for site, layer in self._layer_of.items() if site.moves(window)), default=0)
+
+    def _branch(self, at: int, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self._blocks == 1 or at < self._top:
             return None
         self._shape.blocks, self._shape.tokens = self._blocks, self._blocks * self._tokens
         return self._repeated(args), {name: self._repeated(value) for name, value in kwargs.items()}
@@ -76,13 +88,10 @@ class Trunk:
         return value
 
 
-def _above_the_trunk(model: PreTrainedModel, layout: Layout) -> list[nn.Module]:
-    """The layers from the first that holds a site; none if that is all of them, or a site lies outside the layers."""
-    layers = decoder_layers(model)
+def _layers_of(model: PreTrainedModel, layout: Layout) -> dict[Site, int]:
+    """The number of the layer that holds each site; 0 for one outside the layers, below which nothing can be shared."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    held = [{names[id(parameter)] for parameter in layer.parameters()} for layer in layers]
-    tuned = {site.name for site in layout.sites}
-    if not tuned <= {name for own in held for name in own}:
-        return []
-    first = next(at for at, own in enumerate(held) if own & tuned)
-    return layers[first:] if first else []
+    held = {
+        names[id(parameter)]: at for at, layer in enumerate(decoder_layers(model)) for parameter in layer.parameters()
+    }
+    return {site: held.get(site.name, 0) for site in layout.sites}

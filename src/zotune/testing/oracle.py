@@ -34,11 +34,13 @@ def sites(model: nn.Module, scope: Scope) -> tuple[Site, ...]:
     """
     transposed = _transposed(model)
     chosen = {"linear": _linear_weights, "last-layers": _last_layers, "all": _all}[scope](model)
+    turns = _turns(model) if scope == "last-layers" else {}
     found = []
     for name, parameter in model.named_parameters():
         if name in chosen:
             shape = tuple(parameter.shape[::-1] if name in transposed else parameter.shape)
-            found.append(Site(name, shape, decays=not any(part in name for part in UNDECAYED)))
+            decays = not any(part in name for part in UNDECAYED)
+            found.append(Site(name, shape, decays, turns.get(name, (0, 1))))
     return tuple(found)
 
 
@@ -52,11 +54,17 @@ def _all(model: nn.Module) -> set[str]:
 
 
 def _last_layers(model: nn.Module) -> set[str]:
-    """By the number in their names."""
+    return set(_turns(model))
+
+
+def _turns(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Of the parameters of the last fifth of the layers and of the one before, by the number in their names."""
     config: Any = model.config
     count = config.num_hidden_layers
+    fifth = max(1, count // 5)
     places = {name: re.search(r"\.(?:layers|h)\.(\d+)\.", name) for name, _ in model.named_parameters()}
-    return {name for name, place in places.items() if place and int(place[1]) >= count - max(1, count // 5)}
+    before = {name: (count - 1 - int(place[1])) // fifth for name, place in places.items() if place}
+    return {name: (k, min(2, count)) for name, k in before.items() if k < 2}
 
 
 def _linear_weights(model: nn.Module) -> set[str]:

@@ -14,7 +14,7 @@ from zotune.runtimes.engine import lifeline
 
 def pack(method: Method, layout: Layout, seed: int, options: RuntimeConfig) -> dict[str, Any]:
     """The settings of a run's workers."""
-    sites = [[site.name, list(site.shape), site.decays] for site in layout.sites]
+    sites = [[site.name, list(site.shape), site.decays, list(site.turn)] for site in layout.sites]
     return {
         "method": asdict(method),
         "sites": sites,
@@ -28,5 +28,5 @@ def pack(method: Method, layout: Layout, seed: int, options: RuntimeConfig) -> d
 
 def site(plain: Sequence[Any]) -> Site:
     """A site of `pack`."""
-    name, shape, decays = plain
-    return Site(name, tuple(shape), decays)
+    name, shape, decays, (first, every) = plain
+    return Site(name, tuple(shape), decays, (first, every))
