@@ -32,7 +32,7 @@ Rank = Annotated[int, typer.Option(min=1, help="Rank of a direction.")]
 Scope = Annotated[
     str,
     typer.Option(
-        help="linear: linear layers' weights; all: every parameter; last-layers: the last two fifths of the layers in turn."
+        help="linear: weights of linear layers; all: every parameter; last-layers: two fifths of the layers in turn."
     ),
 ]
 Directions = Annotated[int, typer.Option(min=1, help="Two-point directions per step.")]
