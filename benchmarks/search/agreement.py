@@ -5,9 +5,12 @@
 Sites gain in proportion to ``(g / T)^2``, with g the squared norm of the gradient over all examples and T the trace of
 the loss's curvature (docs/methods.md, ``lozo-late``). Of a choice between two answers with probabilities p and 1 - p
 and difference of logits f the Gauss-Newton curvature is ``p (1 - p) |grad f|^2``. What all examples' ``grad f`` have in
-common moves nothing but the preference for one answer: calibration takes it off. This prints, for every kind of site in
-every fifth of the layers, g without it, T with and without it, and both ratios, by backpropagation of one example at a
-time. The model's preference for one answer, which any step repairs first, is taken off before.
+common moves nothing but the preference for one answer: calibration takes it off. With ``--validation`` g is what the
+gradients over training and validation rows have in common: what is left to learn that holds for both.
+
+This prints, for every kind of site in every fifth of the layers, g without that preference, T with and without it, and
+both ratios, by backpropagation of one example at a time. The model's preference for one answer, which any step repairs
+first, is taken off before.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,34 +67,48 @@ def main() -> None:
     """Print a line for every kind of site and part of the model, those that gain most first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256, help="training examples to look at")
+    parser.add_argument("--validation", action="store_true", help="g between these and as many validation examples")
     parser.add_argument("--model", help="hub id or folder; default: the demonstration's")
     parser.add_argument("--data", help="folder with SST-2's train and validation; default: the demonstration's reviews")
     args = parser.parse_args()
     setting = prepare(model=args.model, data=args.data, dtype="float32", batch_size=args.rows)
-    model, examples = setting.model, setting.batch(0)
+    sites, residuals, weights = _summed(setting.model, setting.batch(0))
+    found = {name: site.found(residuals, weights) for name, site in sites.items()}
+    if args.validation:
+        held_out = setting.dataset.validation[: args.rows]
+        pairs = args.rows * len(held_out)
+        for name, other in _summed(setting.model, held_out)[0].items():
+            found[name] = (float((sites[name].slope * other.slope).sum()) / pairs, *found[name][1:])
+    _print(found, setting.model.config.num_hidden_layers)
+
+
+def _summed(model: nn.Module, examples: Sequence[Example]) -> tuple[dict[str, Site], Tensor, Tensor]:
+    """The sums of every parameter over the examples, their residuals and their weights."""
     with torch.no_grad():
         margins = torch.stack([_margin(model, example) for example in examples])
     gold = torch.tensor([float(example.gold) for example in examples])
     right = torch.sigmoid(margins - _preference(margins, gold))
     residuals, weights = right - gold, right * (1 - right)
-
     sites = {name: Site(torch.zeros_like(parameter)) for name, parameter in model.named_parameters()}
     for example, residual, weight in zip(examples, residuals.tolist(), weights.tolist(), strict=True):
         model.zero_grad()
         _margin(model, example).backward()
         for name, parameter in model.named_parameters():
             sites[name].add(parameter.grad, residual, weight)
-    layers = model.config.num_hidden_layers
+    return sites, residuals, weights
+
+
+def _print(found: dict[str, tuple[float, float, float]], layers: int) -> None:
+    """Sums of g, T and T calibrated over kinds of sites in fifths of the layers, by what they gain."""
     groups: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    for name, site in sites.items():
-        found = site.found(residuals, weights)
-        groups["all"].append(found)
+    for name, figures in found.items():
+        groups["all"].append(figures)
         place = re.search(r"\.(\d+)\.(.+)", name)
         fifth = f"{5 * int(place[1]) // layers + 1}/5" if place else ""
         for group in [f"{place[2]} {fifth}", f"layers {fifth}"] if place else [name]:
-            groups[group].append(found)
+            groups[group].append(figures)
     print(f"{'sites':42} {'g':>9} {'T':>9} {'calibrated':>10} {'g / T':>9} {'calibrated':>10}")
-    rows = {group: [sum(column) for column in zip(*found, strict=True)] for group, found in groups.items()}
+    rows = {group: [sum(column) for column in zip(*figures, strict=True)] for group, figures in groups.items()}
     for group, (g, trace, centred) in sorted(rows.items(), key=lambda row: -row[1][0] / row[1][2]):
         print(f"{group:42} {g:9.4f} {trace:9.3f} {centred:10.3f} {g / trace:9.5f} {g / centred:10.5f}")
 

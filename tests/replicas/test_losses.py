@@ -98,8 +98,9 @@ def assert_as_undisturbed(configure: Configure, run: Run) -> None:
 
 
 @pytest.mark.usefixtures("warm")
-def test_killed_replicas_are_replaced_and_nothing_else_changes(configure: Configure) -> None:
-    """One of two at rest, then both, of which one was given a checkpoint to start from."""
+@pytest.mark.parametrize("killed", [(1,), pytest.param((0, 1), marks=pytest.mark.slow)])
+def test_killed_replicas_are_replaced_and_nothing_else_changes(configure: Configure, killed: tuple[int, ...]) -> None:
+    """One of two or both, after one that was replaced with a checkpoint to start from."""
     with a_run(configure, replicas=2) as run:
         run.take(3)
         os.kill(run.pid(1), signal.SIGKILL)
@@ -107,7 +108,7 @@ def test_killed_replicas_are_replaced_and_nothing_else_changes(configure: Config
         run.save()
         run.wait_for(2)
         run.take(1)
-        for number in (0, 1):
+        for number in killed:
             os.kill(run.pid(number), signal.SIGKILL)
         run.take(3)
         run.wait_for(2)
