@@ -20,6 +20,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def main() -> None:
     _print(found, setting.model.config.num_hidden_layers)
 
 
-def _summed(model: nn.Module, examples: Sequence[Example]) -> tuple[dict[str, Site], Tensor, Tensor]:
+def _summed(model: Any, examples: Sequence[Example]) -> tuple[dict[str, Site], Tensor, Tensor]:
     """The sums of every parameter over the examples, their residuals and their weights."""
     with torch.no_grad():
         margins = torch.stack([_margin(model, example) for example in examples])
