@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,13 @@ def begin(model: ModelConfig, sites: tuple[Site, ...] = SITES, **options: Any) -
 def descendants() -> list[int]:
     """Processes that still run below this one."""
     return sorted(each.pid for each in launch._descendants())
+
+
+def test_a_worker_gets_the_sites_of_the_run() -> None:
+    second = replace(SITES[1], name="model.layers.1.mlp.down_proj.weight", decays=False, turn=(1, 2))
+    plain = json.loads(json.dumps(settings((*SITES, second))))
+    assert tuple(map(worker_settings.site, plain["sites"])) == (*SITES, second)
+    assert memory.factor_bytes(plain, 4, packs=False) > 0
 
 
 def test_a_started_engine_leaves_the_process_as_it_was(

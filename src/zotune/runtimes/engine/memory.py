@@ -87,7 +87,7 @@ def factor_bytes(settings: Mapping[str, Any], itemsize: int, *, packs: bool) -> 
     method = settings["method"]
     rank, columns = method["rank"], 1 + method["directions"]
     total = 0
-    for _, shape, _ in settings["sites"]:
+    for _, shape, *_ in settings["sites"]:
         out, width = (*shape, 1)[:2]
         vectors = out if len(shape) == 1 else rank * out
         # float32: the update, every direction drawn and V; in the model's dtype: what the layers multiply by.
