@@ -18,7 +18,12 @@ def _check(method: str, check: Callable[[Case], None], **options: object) -> Non
         check(Case(factory, "llama", conformance.METHODS[method]))
 
 
-@pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
+# These ask a replica's model alone, and each begins several teams.
+ALONE = (conformance.check_sites, conformance.check_fingerprint)
+CHECKS = [pytest.param(check, marks=pytest.mark.slow) if check in ALONE else check for check in conformance.CHECKS]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_two_replicas_pass_every_check(check: Callable[[Case], None]) -> None:
     """Units are small, so that every question is cut by directions and by rows."""
     _check("all", check, unit_tokens=40)
