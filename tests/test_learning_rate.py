@@ -82,6 +82,16 @@ def test_a_run_that_sets_no_learning_rate_learns(
     assert f"learning rate {kept.method.lr:g}, " in chosen
 
 
+def test_a_long_run_has_a_lower_rate(tmp_path: Path, tiny_model_folder: Path, sentiment_files: Files) -> None:
+    rates = []
+    for steps in (10, 220, 880):
+        made = configure(tmp_path, tiny_model_folder, sentiment_files, method={"lr": "auto"}, train={"steps": steps})
+        session = Session.build(resolved(made))
+        rates.append(learning_rate.automatic(session))
+        session.close()
+    assert rates[0] == rates[1] == pytest.approx(2 * rates[2], rel=0.05), "of two digits each"
+
+
 def test_a_step_whose_losses_are_all_equal_is_left_out(
     tmp_path: Path, tiny_model_folder: Path, sentiment_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,8 @@ a small share of Polyak's step can be taken again and again:
 
     lr = SHARE * q ** GROWTH * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
 
+and ``sqrt(LENGTH / T)`` of that for a run of more than LENGTH steps T, whose noise adds up for longer.
+
 This follows what the best learning rate depends on: the scale of the weights and of the loss, the rank and scale of a
 direction, the estimator. What one direction adds off the gradient is averaged over ``q``: they allow ``q`` times the
 rate while that is all that limits it (Malladi et al. 2023, MeZO), and less where batches do. SHARE and GROWTH were
@@ -32,6 +34,9 @@ SHARE = 0.006
 
 GROWTH = 0.75
 """Power of the number of directions that the learning rate grows with."""
+
+LENGTH = 220
+"""Steps up to which the rate holds; that of a longer run falls with the root of its length."""
 
 STEPS = 32
 """Batches to probe. They differ by a factor of ten in how steep they are, so few of them do not tell."""
@@ -91,7 +96,8 @@ def automatic(session: Session) -> float:
             f"method.lr = 'auto' finds nothing to go by: the losses of its probes on {STEPS} batches are not "
             "finite or all equal. Set method.lr to a number, another method.eps, or model.dtype = 'float32'."
         )
-    return float(f"{SHARE * method.directions**GROWTH * fmean(levels) / gain:.1e}")
+    shortened = math.sqrt(min(1.0, LENGTH / session.optimizer.steps))
+    return float(f"{SHARE * shortened * method.directions**GROWTH * fmean(levels) / gain:.1e}")
 
 
 def probing(method: Method) -> Optimizer:
