@@ -82,14 +82,14 @@ class DenseDirections:
         distribution: Distribution = "normal",
         device: torch.device | str = "cpu",
     ) -> None:
-        self.sites, self.seed, self._device = tuple(sites), seed, device
+        self.sites, self.seed = tuple(sites), seed
         self._blocks = {site.name: NoiseBlock([site.name], [site.shape], distribution, device) for site in sites}
 
     def draw(self, key: DirectionKey, site: Site) -> Tensor:
         """The direction at one site, float32, of its shape."""
-        if not site.moves(key.window):
-            return torch.zeros(site.shape, device=self._device)
         block = self._blocks[site.name]
+        if not site.moves(key.window):
+            return torch.zeros(site.shape, device=block.device)
         return block.views(block.draw(f"z/{self.seed}/{key.step}/{key.index}"))[0]
 
     def dense(self, key: DirectionKey) -> list[Tensor]:

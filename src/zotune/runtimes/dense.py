@@ -102,6 +102,8 @@ class DenseSpace:
         if update.terms:
             for site in self.sites:
                 keep = 1 - update.lr * self.method.weight_decay if site.decays else 1.0
+                if keep == 1.0 and not site.moves(update.window):
+                    continue
                 terms = [(self._draw(key, site)(), -update.lr * coefficient) for key, coefficient in update.terms]
                 fold.add(site, weights[site], combine(terms).__getitem__, keep, update.step)
         self.window = update.window + 1

@@ -33,14 +33,13 @@ def sites(model: nn.Module, scope: Scope) -> tuple[Site, ...]:
         scope: See `zotune.layout.Scope`.
     """
     transposed = _transposed(model)
-    chosen = {"linear": _linear_weights, "last-layers": _last_layers, "all": _all}[scope](model)
-    turns = _turns(model) if scope == "last-layers" else {}
+    turns = {"linear": _linear_weights, "last-layers": _last_layers, "all": _all}[scope](model)
     found = []
     for name, parameter in model.named_parameters():
-        if name in chosen:
+        if name in turns:
             shape = tuple(parameter.shape[::-1] if name in transposed else parameter.shape)
             decays = not any(part in name for part in UNDECAYED)
-            found.append(Site(name, shape, decays, turns.get(name, (0, 1))))
+            found.append(Site(name, shape, decays, turns[name]))
     return tuple(found)
 
 
@@ -49,16 +48,15 @@ def _transposed(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def _all(model: nn.Module) -> set[str]:
-    return {name for name, _ in model.named_parameters()}
+_Turns = dict[str, tuple[int, int]]
 
 
-def _last_layers(model: nn.Module) -> set[str]:
-    return set(_turns(model))
+def _all(model: nn.Module) -> _Turns:
+    return {name: (0, 1) for name, _ in model.named_parameters()}
 
 
-def _turns(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Of the parameters of the last fifth of the layers and of the one before, by the number in their names."""
+def _last_layers(model: nn.Module) -> _Turns:
+    """The last fifth of the layers and the one before, by the number in the parameters' names."""
     config: Any = model.config
     count = config.num_hidden_layers
     fifth = max(1, count // 5)
@@ -67,10 +65,10 @@ def _turns(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (k, min(2, count)) for name, k in before.items() if k < 2}
 
 
-def _linear_weights(model: nn.Module) -> set[str]:
+def _linear_weights(model: nn.Module) -> _Turns:
     head = model.get_output_embeddings()  # type: ignore[operator]
     layers = [item for item in model.named_modules() if isinstance(item[1], nn.Linear | Conv1D)]
-    return {f"{name}.weight" for name, module in layers if module is not head}
+    return {f"{name}.weight": (0, 1) for name, module in layers if module is not head}
 
 
 def directions(sites: Sequence[Site], method: Method, seed: int = 0) -> Directions:
