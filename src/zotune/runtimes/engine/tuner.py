@@ -64,7 +64,7 @@ class Engine(Protocol):
         ...
 
     def forward(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Hidden states of these sequences, ascending by length, ``(tokens, width)``."""
+        """Hidden states of these sequences, ascending by length, ``(tokens, width)``; valid until the next forward."""
         ...
 
     def quantisation(self, place: Place) -> str | None:
@@ -319,7 +319,8 @@ class Tuner:
     def on_missed(self) -> list[str]:
         """Paths of wrapped layers that no forward has called, or whose tuning no forward heeds."""
         tokens = list(range(3, 9))
-        before = self.engine.forward([tokens])
+        # A copy, because a CUDA graph writes the next forward's result where this one's is.
+        before = self.engine.forward([tokens]).clone()
         return [layer.path for layer in self.layers if not self._heeded(layer, tokens, before)]
 
     def _heeded(self, layer: Layer, tokens: list[int], before: Tensor) -> bool:
