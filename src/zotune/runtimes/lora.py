@@ -32,7 +32,8 @@ def add(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> None:
     fused = targets == ("c_attn",)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), fan_in_fan_out=fused)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not that of GPUs, which would stay as it is set here.
+        torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, model)
 
 

@@ -76,9 +76,11 @@ def padded_loss(model: nn.Module, batch: PaddedBatch) -> float:
     device = next(model.parameters()).device
     ids = batch.input_ids.to(device)
     logits = model(input_ids=ids, attention_mask=batch.attention_mask.to(device), use_cache=False).logits
+    counts = [len(positions) for positions in batch.scored]
+    # All places in one copy: on a GPU each would wait for the forward.
+    places = torch.tensor([position for positions in batch.scored for position in positions]).to(device).split(counts)
     means = []
-    for sequence, positions in enumerate(batch.scored):
-        where = torch.tensor(positions, device=device)
+    for sequence, where in enumerate(places):
         log_probabilities = torch.log_softmax(logits[sequence, where - 1], dim=-1)
         means.append(log_probabilities.gather(1, ids[sequence, where, None]).mean())
     examples = torch.stack(means).split(list(batch.sizes))
