@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zotune.layout import Site
+from zotune.layout import Site, period
 from zotune.noise import Distribution, NoiseBlock
 from zotune.protocol import DirectionKey
 
@@ -48,13 +48,15 @@ class LowRankDirections:
             distribution,
             device,
         )
+        self._waiting = [
+            [at for at, site in enumerate(sites) if not site.moves(window)] for window in range(period(sites))
+        ]
         self._v = NoiseBlock([s.name for s in matrices], [(s.shape[1], rank) for s in matrices], distribution, device)
 
     def draw(self, key: DirectionKey) -> Tensor:
         """U and z of all sites as one flat float32 tensor; ``factors.views`` cuts it into ``(out, r)`` and ``(n,)``."""
         drawn = self.factors.draw(f"U/{self.seed}/{key.step}/{key.index}")
-        waiting = [at for at, site in enumerate(self.sites) if not site.moves(key.window)]
-        if waiting:
+        if waiting := self._waiting[key.window % len(self._waiting)]:
             views = self.factors.views(drawn)
             for at in waiting:
                 views[at].zero_()

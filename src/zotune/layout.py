@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -51,6 +53,11 @@ class Site:
         for extent in self.shape:
             product *= extent
         return product
+
+
+def period(sites: Iterable[Site]) -> int:
+    """After how many windows the same sites move again."""
+    return math.lcm(*(site.turn[1] for site in sites))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zotune.transfer import onto
+
 Distribution = Literal["normal", "rademacher", "bits16"]
 
 _LANES: dict[Distribution, int] = {"normal": 4, "rademacher": 64, "bits16": 4}
@@ -58,7 +60,7 @@ class NoiseBlock:
         self.shapes = tuple(shapes)
         self.distribution = distribution
         self.device = torch.device(device)
-        self._names = np.array([_hash(name)[0] for name in names], dtype=np.uint64)
+        self._names = hashes(names)
         lanes = _LANES[distribution]
         words = torch.tensor([-(-math.prod(shape) // lanes) for shape in shapes], dtype=torch.int64)
         starts = words.cumsum(0) - words
@@ -82,16 +84,45 @@ class NoiseBlock:
         ]
 
     def _words(self, key: str) -> Tensor:
-        first, second = _hash(key)
-        start = _mix(self._names ^ np.uint64(first)).view(np.int64)
-        gamma = (_mix(self._names ^ np.uint64(second)) | np.uint64(1)).view(np.int64)
+        starts, gammas = streams(self._names, key)
         if self._tensor is None:
             words = torch.arange(self._n_words, device=self.device)
-            words.mul_(int(gamma[0])).add_(int(start[0]))
+            words.mul_(int(gammas[0])).add_(int(starts[0]))
         else:
-            words = torch.from_numpy(gamma).to(self.device)[self._tensor].mul_(self._counter)
-            words.add_(torch.from_numpy(start).to(self.device)[self._tensor])
+            starts, gammas = onto(torch.stack([starts, gammas]), self.device)
+            words = gammas[self._tensor].mul_(self._counter).add_(starts[self._tensor])
         return _mix_(words)
+
+
+def hashes(names: Sequence[str]) -> np.ndarray:
+    """What `streams` takes of tensors' names, uint64."""
+    return np.array([_hash(name)[0] for name in names], dtype=np.uint64)
+
+
+def streams(names: np.ndarray, key: str) -> tuple[Tensor, Tensor]:
+    """Start and gamma of each tensor's generator, int64 ``(names,)`` on the CPU.
+
+    Args:
+        names: See `hashes`.
+        key: Of the draw.
+    """
+    first, second = _hash(key)
+    starts = _mix(names ^ np.uint64(first)).view(np.int64)
+    gammas = (_mix(names ^ np.uint64(second)) | np.uint64(1)).view(np.int64)
+    return torch.from_numpy(starts), torch.from_numpy(gammas)
+
+
+def bits16_at(starts: Tensor, gammas: Tensor, at: Tensor) -> Tensor:
+    """Elements of ``bits16`` tensors, wherever they are asked for, int32.
+
+    Args:
+        starts: Of each element's tensor, int64; see `streams`.
+        gammas: The same.
+        at: Places of the elements in their flattened tensors, int64.
+    """
+    # Shifts, because a compiler makes of a signed division what is several times slower.
+    words = _mix_(starts + gammas * (at >> 2))
+    return ((words >> ((at & 3) << 4)) & 0xFFFF).to(torch.int32)
 
 
 def _hash(text: str) -> tuple[int, int]:

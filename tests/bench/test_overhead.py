@@ -83,7 +83,7 @@ def test_what_a_part_takes_is_found_in_its_phase_alone(side: Any, phase: str, cl
 
 
 def test_the_host_does_not_count_what_follows_the_launches(side: Any, clock: Clock) -> None:
-    clock.slow(side.steps.setting.model, "forward")
+    clock.slow(side.steps.runtime, "_read")
     assert split(side.steps, 2, waits=False)[0] == 1.0
     assert host_seconds(side.steps, 2) == 0.0
     clock.slow(side.steps.setting.model.lm_head, "forward")

@@ -1,5 +1,7 @@
 """Packed attention against a softmax over an explicit mask, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from packed import contexts
@@ -129,3 +131,38 @@ def test_the_pack_in_force_is_the_innermost() -> None:
         attend(PACKS["branches"], *tensors(PACKS["branches"], 4, 4))
         output, _ = packed_attention(nn.Identity(), q, k, v, None)
     assert torch.equal(output, alone)
+
+
+def looped(
+    query: Tensor, key: Tensor, value: Tensor, begins: Tensor, keys_begin: Tensor, *longest: int, **options: Any
+) -> Tensor:
+    """What FlashAttention gives, one sequence after the other: its masks are aligned to the last query and key."""
+    out = torch.empty(*query.shape[:2], value.shape[2])
+    assert options["is_causal"]
+    left = options["window_size_left"]
+    repeats = query.shape[1] // key.shape[1]
+    for s, e, ks, ke in zip(begins[:-1], begins[1:], keys_begin[:-1], keys_begin[1:], strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (query[s:e], key[ks:ke], value[ks:ke]))
+        assert (q.shape[1] <= longest[0], k.shape[1] <= longest[1]) == (True, True)
+        at, seen = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None], torch.arange(k.shape[1])
+        mask = (seen <= at) if left is None else (seen <= at) & (seen >= at - left)
+        scale = WIDTH**-0.5 if options["scale"] is None else options["scale"]
+        scores = (q @ k.repeat_interleave(repeats, 0).mT * scale).masked_fill(~mask, -torch.inf)
+        out[s:e] = (scores.softmax(-1) @ v.repeat_interleave(repeats, 0)).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"scaling": 0.2}, {"sliding_window": 3}, {"sliding_window": 100}], ids=str)
+@pytest.mark.parametrize("kind", ["single", "multi", "mixed"])
+def test_spans_say_what_groups_say(kind: Any, options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_kernel", looped)
+    rows = tiny.rows(kind, 6, seed=3, longest=19)
+    groups, spans = (pack(rows, normalised=True, spans=which) for which in (False, True))
+    assert (spans.groups, groups.spans) == ((), None)
+    q, k, v = tensors(groups, 4, 2)
+    torch.testing.assert_close(attend(spans, q, k, v, **options), attend(groups, q, k, v, **options))
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_cpu_takes_groups(family: str) -> None:
+    assert not attention.takes_spans(tiny.model(family, torch.bfloat16))  # type: ignore[arg-type]

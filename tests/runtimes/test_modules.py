@@ -1,5 +1,6 @@
 import copy
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from zotune.errors import ModelError
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe
-from zotune.runtimes import modules
+from zotune.runtimes import modules, norms
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.mixture import Vector
 from zotune.runtimes.modules import Shape, TunedNorm, find_sites
@@ -206,15 +207,19 @@ def test_a_model_without_parameters_in_scope_is_refused() -> None:
 NORMS = [
     (lambda: nn.LayerNorm(16), 0.0),
     (lambda: nn.LayerNorm(16, bias=False), 0.0),
-    (lambda: nn.RMSNorm(16), 0.0),
+    (lambda: nn.RMSNorm(16, eps=1e-6), 0.0),
     (lambda: LlamaRMSNorm(16), 0.0),
     (lambda: Gemma2RMSNorm(16), 1.0),
     (lambda: Gemma3RMSNorm(16), 1.0),
 ]
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["by its forward", "by its formula"])
 @pytest.mark.parametrize(("make", "offset"), NORMS)
-def test_norms_show_every_block_its_own_gain_and_bias(make: Any, offset: float) -> None:
+def test_norms_show_every_block_its_own_gain_and_bias(
+    make: Any, offset: float, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms, "kernel", lambda: norms.shown)
     norm, generator = make(), torch.Generator().manual_seed(0)
     for parameter in norm.parameters():
         parameter.data.add_(torch.randn(16, generator=generator), alpha=0.3)
@@ -226,6 +231,11 @@ def test_norms_show_every_block_its_own_gain_and_bias(make: Any, offset: float) 
     x = torch.randn(1, blocks * tokens, 16, generator=generator)
     tuned = TunedNorm(norm, states["weight"], states.get("bias"), Shape(blocks, blocks * tokens))
     assert tuned.offset == offset
+    assert tuned.formula is None
+    if known:
+        tuned.formula = norms.formula(norm, partial(modules._bare, norm))
+        centred = isinstance(norm, nn.LayerNorm)
+        assert tuned.formula == norms.Formula(centred, float(getattr(norm, "variance_epsilon", 0) or norm.eps), offset)
     output = tuned(x)
     for block in range(blocks):
         moved = copy.deepcopy(norm)
@@ -233,6 +243,16 @@ def test_norms_show_every_block_its_own_gain_and_bias(make: Any, offset: float) 
             parameter.data.add_(shifts[name][block])
         part = slice(block * tokens, (block + 1) * tokens)
         torch.testing.assert_close(output[:, part], moved(x[:, part]).detach())
+
+
+def test_a_norm_of_another_kind_has_no_formula() -> None:
+    class Rooted(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sign() * super().forward(x).abs().sqrt()
+
+    for norm in (Rooted(16), nn.RMSNorm(16, eps=None), nn.BatchNorm1d(16)):
+        norm.eval()
+        assert norms.formula(norm, partial(modules._bare, norm)) is None  # type: ignore[arg-type]
 
 
 def test_per_head_norms_find_the_axis_of_the_tokens() -> None:

@@ -53,7 +53,8 @@ class Timed:
 class ModelClock:
     """When forwards of a model in this process begin, reach the output head and end.
 
-    There are hooks on the model while the clock is entered. A model that an engine runs elsewhere never calls them.
+    There are hooks on the model while the clock is entered. A model that an engine runs elsewhere never calls them, nor
+    does one whose forward is replayed as a graph.
 
     Args:
         model: A causal language model.
@@ -71,7 +72,7 @@ class ModelClock:
         self.forwards = 0
         self.before = self.body = self.head = 0.0
         self._model = model
-        self._clock: Callable[[], float] = (lambda: work.clock(device)) if waits else time.perf_counter
+        self._clock: Callable[[], float] = (lambda: _clock(device)) if waits else time.perf_counter
         self._last = 0.0
 
     def __enter__(self) -> ModelClock:
@@ -102,3 +103,9 @@ class ModelClock:
     def _lap(self) -> float:
         before, self._last = self._last, self._clock()
         return self._last - before
+
+
+def _clock(device: torch.device) -> float:
+    """The time once the device is done, which cannot be waited for while a graph is captured."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return time.perf_counter() if capturing else work.clock(device)

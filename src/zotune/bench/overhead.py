@@ -9,10 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,7 @@ from zotune.bench.clocks import ModelClock, Spent, Timed
 from zotune.bench.plan import Plan
 from zotune.bench.results import Case, Result, Results
 from zotune.bench.sides import OFFICIAL
-from zotune.bench.steps import Stepper, seconds
+from zotune.bench.steps import Stepper, fold_seconds, seconds
 from zotune.config import Config, DataConfig, ModelConfig
 from zotune.data import BatchOrder
 from zotune.errors import ConfigError
@@ -44,7 +43,6 @@ driver: the batch, ask and tell.
 """
 
 _WARM_UP = 3
-_FOLDS = 3
 
 
 def overhead(
@@ -96,7 +94,7 @@ def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
     stepper = cast("Stepper", side.steps)
     step_s, phases = split(stepper, repeats, waits=True)
     host_s = host_seconds(stepper, repeats) if stepper.device.type == "cuda" else None
-    fold = median(seconds(stepper.fold, stepper.device) for _ in range(_FOLDS)) / side.method.interval
+    fold = fold_seconds(stepper) / side.method.interval
     return {
         "step_s": step_s + fold,
         "host_s": host_s,
@@ -108,8 +106,8 @@ def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
 def host_seconds(stepper: Stepper, repeats: int) -> float:
     """Mean seconds of a step in which the host does not wait for the device.
 
-    It waits, in the embedded runtime, from the end of the launches of a forward until the scores are there. An engine's
-    head, which ends in waiting, is left out whole.
+    It waits, in the embedded runtime, while it reads the scores. An engine's head, which ends in waiting, is left out
+    whole.
     """
     step_s, phases = split(stepper, repeats, waits=False)
     return step_s - phases["waiting"]
@@ -120,23 +118,25 @@ def split(stepper: Stepper, repeats: int, *, waits: bool) -> tuple[float, dict[s
 
     Args:
         stepper: In its first window.
-        repeats: Steps to take, after three that are not timed.
+        repeats: Steps to take, after some that are not timed: three, and on a GPU twice all of them, after which each
+            has its graph.
         waits: Whether to wait for a GPU after a step, and between the phases of the embedded runtime.
     """
     clock, spent = ModelClock(stepper.setting.model, stepper.device, waits=waits), Spent()
+    warm_up = 2 * repeats if stepper.device.type == "cuda" else _WARM_UP
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        session = _session(stepper, spent)
+        session = _session(stepper, spent, repeats)
         journal = Journal.create(folder / "journal.jsonl", session.header())
         stack.enter_context(closing(journal))
         step = partial(take_step, session, journal=cast("Journal", Timed(journal, spent, append="journal")))
-        for number in range(_WARM_UP):
+        for number in range(warm_up):
             step(number)
         spent.seconds.clear()
         before = stepper.timings
         with clock:
             taken = seconds if waits else _seconds_of_the_host
-            total = sum(taken(partial(step, _WARM_UP + number), stepper.device) for number in range(repeats))
+            total = sum(taken(partial(step, warm_up + number), stepper.device) for number in range(repeats))
         runtime = {name: value - before[name] for name, value in stepper.timings.items()}
     phases = _phases(total, spent.seconds, runtime, clock)
     return total / repeats, {name: value / repeats for name, value in phases.items()}
@@ -163,7 +163,7 @@ def _phases(
     found = {
         "draw": runtime["draw"] + clock.before,
         "pack": runtime["pack"],
-        "forward": runtime["forward"] - clock.before - clock.head,
+        "forward": runtime["forward"] + runtime.get("read", 0.0) - clock.before - clock.head,
         "head": runtime.get("head", 0.0) + clock.head,
         "loss": spent["loss"],
         "rpc": spent["score"] + spent["apply"] - sum(runtime.values()),
@@ -171,13 +171,20 @@ def _phases(
         "journal": spent["journal"],
     }
     found["other"] = total - sum(found.values())
-    if clock.forwards:
-        # The scores are read within the phase.
-        return found | {"waiting": runtime["forward"] - clock.before - clock.body - clock.head}
-    return found | {"waiting": runtime["head"]}
+    return found | {"waiting": runtime["read"] if "read" in runtime else runtime["head"]}
 
 
-def _session(stepper: Stepper, spent: Spent) -> Session:
+@dataclass(frozen=True)
+class _Repeating(BatchOrder):
+    """The same few batches over and over."""
+
+    every: int = 1
+
+    def indices(self, step: int) -> tuple[int, ...]:
+        return super().indices(step % self.every)
+
+
+def _session(stepper: Stepper, spent: Spent, batches: int) -> Session:
     """The stepper's parts as the training loop takes them, with clocks around runtime and objective."""
     data, method = stepper.setting.dataset, stepper.optimizer.method
     config = Config(
@@ -189,5 +196,5 @@ def _session(stepper: Stepper, spent: Spent) -> Session:
         Optimizer(replace(method, interval=10**9), 10**9),
         cast("Runtime", Timed(stepper.runtime, spent, score="score", apply="apply")),
         replace(data, objective=cast("Objective", Timed(data.objective, spent, losses="loss"))),
-        BatchOrder(len(data.train), stepper.setting.batch_size, seed=0),
+        _Repeating(len(data.train), stepper.setting.batch_size, seed=0, every=batches),
     )

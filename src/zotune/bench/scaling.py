@@ -14,13 +14,12 @@ from rich.console import Console
 from zotune.bench import apart, memory, shapes, sides, work
 from zotune.bench.plan import Plan
 from zotune.bench.results import Case, Result, Results
-from zotune.bench.steps import seconds
+from zotune.bench.steps import Stepper, fold_seconds, seconds
 from zotune.runtimes.precision import product_dtype
 
 KIND = "scaling"
 
-_WARM_UP = {"cpu": 1, "cuda": 3}
-_FOLDS = 3
+_MORE = {"cpu": 0, "cuda": 1}
 
 
 def scaling(
@@ -71,14 +70,14 @@ def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
     taken, device = side.steps, side.steps.device
     taken.setting = replace(taken.setting, batch_size=case["batch_size"])
     memory.forget_peak(device)
-    first = _WARM_UP[device.type]
-    for number in range(first):
+    timed = range(1, 1 + repeats)
+    for number in _warm_up(taken, timed):
         taken.step(number)
     before = taken.timings
-    spent = [seconds(partial(taken.step, number), device) for number in range(first, first + repeats)]
+    spent = [seconds(partial(taken.step, number), device) for number in timed]
     phases = {name: (value - before[name]) / repeats for name, value in taken.timings.items()}
-    fold = median(seconds(taken.fold, device) for _ in range(_FOLDS))
-    batches = [taken.setting.batch(number) for number in range(first, first + repeats)]
+    fold = fold_seconds(taken)
+    batches = [taken.setting.batch(number) for number in timed]
     tokens = mean(sum(example.row.n_tokens for example in batch) for batch in batches)
     return {
         "step_s": median(spent) + fold / side.method.interval,
@@ -95,3 +94,10 @@ def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
         "startup_s": side.startup_s,
         "repeats": repeats,
     }
+
+
+def _warm_up(taken: sides.Steps, timed: range) -> list[int]:
+    """Batches to step on first: on a GPU twice those that are timed, after which each has its graph."""
+    if taken.device.type == "cuda" and isinstance(taken, Stepper):
+        return [*timed, *timed]
+    return [0, *timed[: _MORE[taken.device.type]]]

@@ -1,13 +1,14 @@
 """Attention over a pack, registered at transformers' attention interface as ``zotune``.
 
-Rows of about equal length are one call: gathered and padded at the right, where causal attention never looks. A branch
-attends to its prompt's keys and to itself. On a CPU short rows take two batched products instead of the fused kernel,
-which is called per row and head there; a soft cap needs them everywhere.
+On a GPU all rows are one call of FlashAttention (Dao 2023), which takes sequences of any length; see `takes_spans`.
+Elsewhere rows of about equal length are one call: gathered and padded at the right, where causal attention never looks.
+A branch attends to its prompt's keys and to itself. On a CPU short rows take two batched products instead of the fused
+kernel, which is called per row and head there; a soft cap needs them everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -16,13 +17,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from zotune.errors import ModelError
-from zotune.runtimes.packing import Pack
+from zotune.runtimes.packing import Pack, Spans
 from zotune.runtimes.precision import product_dtype
 
 NAME = "zotune"
+_WIDEST = 256
+"""The widest heads that FlashAttention takes."""
+
 _SHORT = 64
 """Keys up to which the batched products are faster on a CPU: twice at 16 to 64 keys, half as fast at 128 and more."""
 
@@ -55,6 +59,21 @@ class _Places:
                 parts.append(before + (row.unsqueeze(2) * heads + head) * length + (group.real % length).unsqueeze(1))
                 before += blocks * heads * group.queries.numel()
             self._found[key] = torch.cat(parts, 1).flatten()
+        return self._found[key]
+
+    def ends(self, lengths: Tensor, blocks: int) -> Tensor:
+        """Where the sequences of all blocks begin and the last ends, from a block's lengths; int32."""
+        key = (id(lengths), blocks)
+        if key not in self._found:
+            ends = lengths.repeat(blocks).cumsum(0)
+            self._found[key] = torch.cat([ends.new_zeros(1), ends]).int()
+        return self._found[key]
+
+    def looked_at(self, seen: Tensor, blocks: int) -> Tensor:
+        """The tokens that all blocks look at, flat, from those of a block."""
+        key = (id(seen), blocks)
+        if key not in self._found:
+            self._found[key] = (self._numbers(blocks).view(-1, 1) * len(self.pack.tokens) + seen).flatten()
         return self._found[key]
 
     def _numbers(self, count: int) -> Tensor:
@@ -107,6 +126,9 @@ def packed_attention(
     places = _current.get()
     heads, key_heads = query.shape[1], key.shape[1]
     blocks = query.shape[2] // len(places.pack.tokens)
+    if places.pack.spans is not None:
+        qkv = [x[0].transpose(0, 1) for x in (query, key, value)]
+        return _flash(qkv, places, places.pack.spans, blocks, scaling, sliding_window).unsqueeze(0), None
     dtype = product_dtype(value.dtype, value.device.type)
     if all(_is_short(group.keys.shape[1], value.device) for group in places.pack.groups):
         # What `explicit` computes in, so that it need not convert what was gathered.
@@ -127,6 +149,48 @@ def packed_attention(
         results.append(_attend(rows, scaling, sliding_window, softcap).reshape(-1, v.shape[1]))
     out = torch.cat(results).index_select(0, places.restored(blocks, heads))
     return out.to(value.dtype).view(1, -1, heads, v.shape[1]), None
+
+
+def takes_spans(model: PreTrainedModel) -> bool:
+    """Whether FlashAttention can do a model's attention: in 16 bits, on an Ampere GPU or newer, without a soft cap."""
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (
+        model.device.type == "cuda"
+        and torch.cuda.get_device_capability(model.device) >= (8, 0)
+        and model.dtype in (torch.bfloat16, torch.float16)
+        and width % 8 == 0
+        and width <= _WIDEST
+        # Keys and values of different widths.
+        and not hasattr(config, "v_head_dim")
+        and getattr(config, "attn_logit_softcapping", None) is None
+    )
+
+
+def _flash(
+    qkv: Sequence[Tensor], places: _Places, spans: Spans, blocks: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """Causal attention ``(blocks * T, heads, width)`` of all sequences; queries are the last tokens of the keys."""
+    q, k, v = qkv
+    if spans.seen is not None:
+        seen = places.looked_at(spans.seen, blocks)
+        k, v = k.index_select(0, seen), v.index_select(0, seen)
+    begins, keys_begin = (places.ends(lengths, blocks) for lengths in (spans.queries, spans.keys))
+    return _kernel(
+        *(q, k, v, begins, keys_begin, *spans.longest),
+        dropout_p=0.0,
+        is_causal=True,
+        return_debug_mask=False,
+        scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )
+
+
+def _kernel(*tensors: Any, **options: Any) -> Tensor:
+    # PyTorch's public function for this is younger than the oldest release that we support.
+    attended: Tensor = torch.ops.aten._flash_attention_forward(*tensors, **options)[0]
+    return attended
 
 
 def _attend(qkv: tuple[Tensor, ...], scaling: float | None, window: int | None, softcap: float | None) -> Tensor:

@@ -29,6 +29,10 @@ class DenseMatrix:
 
     keep, moves = 1.0, True
 
+    def carry(self, bias: Vector) -> bool:
+        """See `LowRankMatrix.carry`; false, because here a bias is shifted by itself."""
+        return False
+
     def probe(self, directions: Sequence[Draw], mix: Mixture) -> None:
         """Take how to draw this step's directions, and how the blocks mix them."""
         self._directions = directions
@@ -93,7 +97,8 @@ class DenseSpace:
             state.moves = site.moves(self.window)
             draws = [self._draw(key, site) for key in keys]
             if isinstance(state, Vector):
-                state.probe([draw() for draw in draws], mix)
+                shown = torch.stack([state.update, *(draw() for draw in draws)])
+                state.shift = mix.weights @ shown if state.moves else state.update.unsqueeze(0)
             else:
                 state.probe(draws, mix)
 

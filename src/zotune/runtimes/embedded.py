@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,17 @@ from transformers import PreTrainedModel
 from zotune import models
 from zotune.config import ModelConfig
 from zotune.errors import JournalError
-from zotune.layout import Layout
+from zotune.layout import Layout, period
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
-from zotune.runtimes import attention, generation, heap, lora, modules
+from zotune.runtimes import attention, generation, graphs, heap, lora, modules
 from zotune.runtimes.crown import Crown
 from zotune.runtimes.dense import DenseSpace
 from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
 from zotune.runtimes.lowrank import LowRankSpace
 from zotune.runtimes.packing import ACTIVATIONS, Pack, cut, pack
+from zotune.runtimes.precision import product_dtype
 from zotune.runtimes.trunk import Trunk
 
 _FINGERPRINT_SAMPLES = 4096
@@ -44,7 +46,7 @@ class EmbeddedRuntime:
     Attributes:
         layout: The sites.
         fingerprint: Of the base weights.
-        timings: Seconds spent so far, by phase.
+        timings: Seconds spent so far, by phase; a GPU is waited for in ``read``.
 
     Raises:
         ModelError: A part of the model cannot be tuned exactly in the method's scope.
@@ -65,8 +67,12 @@ class EmbeddedRuntime:
             lora.add(model, method.lora_rank, method.lora_alpha, seed)
         self._weights = modules.find_sites(model, method.scope, lora=method.lora_rank is not None)
         self.layout = Layout(tuple(self._weights))
-        space = LowRankSpace if method.family == "low-rank" else DenseSpace
-        self.space = space(self.layout.sites, method, seed, model.device)
+        self.space: LowRankSpace | DenseSpace
+        if method.family == "low-rank":
+            product = product_dtype(model.dtype, model.device.type)
+            self.space = LowRankSpace(self.layout.sites, method, seed, model.device, product)
+        else:
+            self.space = DenseSpace(self.layout.sites, method, seed, model.device)
         self._fold: Fold = (
             StochasticFold(seed)
             if fold == "stochastic"
@@ -80,7 +86,12 @@ class EmbeddedRuntime:
         model.set_attn_implementation(attention.NAME)
         if model.device.type == "cpu":
             heap.keep_freed()
-        self.timings = {"draw": 0.0, "pack": 0.0, "forward": 0.0, "apply": 0.0}
+        self._spans = attention.takes_spans(model)
+        self._period = period(self.layout.sites)
+        # Decay changes numbers in the operations themselves, and dense directions are drawn among them.
+        steady = isinstance(self.space, LowRankSpace) and method.weight_decay == 0.0
+        self._graphs = graphs.Graphs() if self._spans and steady else None
+        self.timings = {"draw": 0.0, "pack": 0.0, "forward": 0.0, "read": 0.0, "apply": 0.0}
 
     @torch.inference_mode()
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
@@ -101,12 +112,29 @@ class EmbeddedRuntime:
         parts = []
         for part in cut(costs, self.max_tokens // len(probes)):
             with self._timed("pack"):
-                packed = pack(rows[part], normalised=normalised, device=self.model.device)
+                packed = self._packed(rows[part], normalised)
             with self._timed("forward"):
-                parts.append(self._forward(packed, len(probes)))
+                scores = self._scored(packed, len(probes))
+            with self._timed("read"):
+                parts.append(self._read(scores, packed))
         return np.concatenate(parts, axis=1)
 
-    def _forward(self, packed: Pack, blocks: int) -> np.ndarray:
+    def _packed(self, rows: Sequence[Row], normalised: bool) -> Pack:
+        device = self.model.device
+        if self._graphs is not None and all(row.single_token for row in rows):
+            rows = [*rows, graphs.filler(sum(row.n_tokens for row in rows))]
+        return pack(rows, normalised=normalised, device=device, spans=self._spans)
+
+    def _scored(self, packed: Pack, blocks: int) -> Tensor:
+        """Log-likelihoods of all scored tokens, float32 ``(blocks, n)``, perhaps still being computed."""
+        forward = partial(self._forward, blocks=blocks)
+        space = self.space
+        whole = packed.spans is not None and packed.spans.seen is None
+        if self._graphs is None or not whole or not isinstance(space, LowRankSpace):
+            return forward(packed)
+        return self._graphs.run(forward, packed, blocks, (id(space.stage), space.window % self._period))
+
+    def _forward(self, packed: Pack, blocks: int) -> Tensor:
         self._shape.vocabulary = packed.vocabulary
         offsets = torch.arange(blocks, device=packed.kept.device).unsqueeze(1) * len(packed.tokens)
         scored = (offsets + packed.kept).flatten()
@@ -118,7 +146,11 @@ class EmbeddedRuntime:
         picked = logits[:, place, column]
         if packed.vocabulary is None:
             picked -= logits.logsumexp(-1)[:, place]
-        return np.add.reduceat(picked.float().cpu().numpy(), packed.starts, axis=1)
+        return picked.float()
+
+    def _read(self, scores: Tensor, packed: Pack) -> np.ndarray:
+        """Log-likelihoods of candidates, float32 ``(blocks, candidates)``; a GPU is waited for."""
+        return np.add.reduceat(scores.cpu().numpy(), packed.starts, axis=1)
 
     def _cost(self, row: Row, normalised: bool) -> int:
         """Tokens of a forward that this row is worth: its own, and what its logits take in memory."""

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from zotune.layout import Site
 from zotune.noise import NoiseBlock
+from zotune.runtimes.fused import FusedFold
+from zotune.runtimes.rounding import stochastic_round
 
 Change = Callable[[slice], Tensor]
 """Gives the float32 change of a range of rows of a site."""
 
 _CHUNK = 1 << 19
-_MANTISSA_BITS_CUT = {torch.bfloat16: 16, torch.float16: 13}
-_FLOAT16_SMALLEST_NORMAL = 2.0**-14
-_FLOAT16_STEP_BELOW = 2.0**-24
 
 
 class StochasticFold:
@@ -27,7 +26,7 @@ class StochasticFold:
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
+        self.seed, self._fused = seed, FusedFold()
 
     def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
         """``weight <- keep * weight + change``, in place.
@@ -39,16 +38,20 @@ class StochasticFold:
             keep: What weight decay leaves of the weight.
             step: The step that folds, which keys the rounding.
         """
+        key = f"fold/{self.seed}/{step}"
+        if weight.device.type == "cuda" and weight.dtype != torch.float32:
+            self._fused.add(site.name, weight, change, keep, key, list(_chunks(weight)))
+            return
         for rows in _chunks(weight):
             part = weight[rows]
             total = part.float().mul_(keep).add_(change(rows))
-            part.copy_(self._round(total, part.dtype, f"{site.name}[{rows.start}]", step))
+            part.copy_(self._round(total, part.dtype, f"{site.name}[{rows.start}]", key))
 
-    def _round(self, total: Tensor, dtype: torch.dtype, name: str, step: int) -> Tensor:
+    def _round(self, total: Tensor, dtype: torch.dtype, name: str, key: str) -> Tensor:
         if dtype == torch.float32:
             return total
         block = NoiseBlock([name], [tuple(total.shape)], "bits16", total.device)
-        return stochastic_round(total, dtype, block.views(block.draw(f"fold/{self.seed}/{step}"))[0])
+        return stochastic_round(total, dtype, block.views(block.draw(key))[0])
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint must keep: none."""
@@ -95,29 +98,6 @@ class Fold(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` gave."""
         ...
-
-
-def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Round float32 ``values`` to a neighbour in ``dtype``, the nearer the likelier.
-
-    Args:
-        values: float32, finite.
-        dtype: ``torch.bfloat16`` or ``torch.float16``.
-        bits: int32 of the same shape, uniform in ``0 .. 65535``.
-
-    Returns:
-        Tensor of ``dtype`` whose expectation over ``bits`` is ``values``, to 16 bits of probability.
-    """
-    cut = _MANTISSA_BITS_CUT[dtype]
-    # Adding uniform low bits to the magnitude carries into the kept bits with the right probability.
-    rounded = values.view(torch.int32).add(bits >> (16 - cut)).bitwise_and_(-(1 << cut)).view(torch.float32)
-    if dtype == torch.float16:
-        steps = values / _FLOAT16_STEP_BELOW
-        whole = steps.floor()
-        # The fraction is added by itself, because float32 cannot hold it to 16 bits beside a large whole.
-        small = (whole + (steps - whole + bits / 65536).floor()) * _FLOAT16_STEP_BELOW
-        rounded = torch.where(values.abs() < _FLOAT16_SMALLEST_NORMAL, small, rounded)
-    return rounded.to(dtype)
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:

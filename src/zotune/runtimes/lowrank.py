@@ -10,7 +10,8 @@ so a linear layer is one ordinary product for all blocks and a skinny one per bl
     y = x W^T,    P = x V,    y_k += P_k sum_j mix[k, j] Phi_j^T
 
 Nothing is copied per probe but ``(r, out)`` factors. Embeddings look the factors up, a tied head multiplies by them,
-vectors (biases, norm gains) see ``b + sum_j mix[k, j] phi_j``.
+vectors (norm gains, biases) see ``b + sum_j mix[k, j] phi_j``; the bias of a linear layer is one more factor, whose P
+is one.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.folding import Fold
-from zotune.runtimes.mixture import Lookup, Mixture, Vector
+from zotune.runtimes.mixture import Lookup, Vector
+from zotune.runtimes.stage import MatrixView, Stage
 from zotune.updates import Momentum, Rule, Sgd, combine
+
+_ALIGNED = 8
+"""A GPU's products of 16-bit numbers are several times slower where an extent is no multiple of this."""
 
 
 class LowRankMatrix:
@@ -37,24 +42,38 @@ class LowRankMatrix:
         update: B, float32 ``(out, r)``, a view of the space's flat buffer.
         keep: What weight decay has left of the weight in this window.
         moves: Whether it is the site's turn in this window; B and all directions are zero otherwise.
+        v: V of the window, float32 ``(in, r)``.
+        bias: The layer's bias, where the skinny product adds what it is shifted by.
+        shown: What the blocks see in this step, once there was a probe.
     """
+
+    v: Tensor
+    shown: MatrixView
 
     def __init__(self, update: Tensor) -> None:
         self.update = update
         self.keep, self.moves = 1.0, True
+        self.bias: Vector | None = None
+        self._projectors: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def carry(self, bias: Vector) -> bool:
+        """Take over the shift of the layer's bias, as a factor whose input is one; a second one is not taken."""
+        taken = self.bias is None
+        self.bias = bias if taken else self.bias
+        return taken
+
+    @property
+    def rows(self) -> int:
+        """Factors of an output, with what fills them up for a GPU's products."""
+        needed = 2 * self.update.shape[1] + (0 if self.bias is None else 2)
+        return -(-needed // _ALIGNED) * _ALIGNED if self.update.is_cuda else needed
 
     def open_window(self, v: Tensor) -> None:
         """Take the window's V, float32 ``(in, r)``."""
         self.v = v
-        self._projectors = {torch.float32: v.T.repeat(2, 1)}
-
-    def probe(self, directions: list[Tensor], shift: Tensor, mix: Mixture) -> None:
-        """Take this step's U, float32 ``(out, r)`` each, and what of them each block has, ``(blocks, out, r)``."""
-        self._directions, self._mix = directions, mix
-        if not self.moves:
-            return
-        # B and the shift stay apart, because in 16 bits their sum would round the smaller one away.
-        self._factors = torch.cat([self.update.expand_as(shift), shift], 2).mT.contiguous()
+        for projector, _ in self._projectors.values():
+            # In place, because a captured graph reads it from where it was.
+            projector[: 2 * v.shape[1]].copy_(v.T.repeat(2, 1))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """``x_k W_k^T + bias`` of every block.
@@ -72,17 +91,42 @@ class LowRankMatrix:
             y = y if bias is None else y.add_(bias)
         if not self.moves:
             return y
-        factors = self._factors if rows is None else self._factors[:, :, rows]
-        if x.dtype not in self._projectors:
-            self._projectors[x.dtype] = self._projectors[torch.float32].to(x.dtype)
-        return y.baddbmm_(F.linear(x, self._projectors[x.dtype]), factors.to(x.dtype))
+        factors = self.shown.factors
+        if rows is not None or factors.dtype != x.dtype:
+            factors = self._gathered(rows).to(x.dtype)
+        return y.baddbmm_(F.linear(x, *self._projector(x.dtype)), factors)
+
+    def _projector(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """What turns inputs into factors: V for B, V for the directions, and ones for what a bias is shifted by."""
+        if dtype not in self._projectors:
+            # Ordinary tensors, which may be written to whether or not the next window opens in inference mode.
+            with torch.inference_mode(False):
+                width, rank = self.v.shape
+                stacked = torch.zeros(self.rows, width, dtype=dtype, device=self.v.device)
+                stacked[: 2 * rank] = self.v.T.repeat(2, 1)
+                unit = None if self.bias is None else stacked.new_zeros(self.rows)
+                if unit is not None:
+                    unit[2 * rank : 2 * rank + 2] = 1.0
+                self._projectors[dtype] = stacked, unit
+        return self._projectors[dtype]
+
+    def _gathered(self, rows: Tensor | None) -> Tensor:
+        """The factors of some output rows, float32."""
+        shift, chosen = self.shown.shift, slice(None) if rows is None else rows
+        parts = [self.update[chosen].mT.expand(len(shift), -1, -1), shift[:, chosen].mT]
+        if self.bias is not None:
+            shown = self.bias.shift[:, chosen].unsqueeze(1)
+            parts.append(shown)
+        found = torch.cat(parts, 1)
+        return F.pad(found, (0, 0, 0, self.rows - found.shape[1]))
 
     def embed(self, lookup: Lookup, weight: Tensor) -> Tensor:
         """``W_k[token]`` of every block, ``(blocks, tokens, in)``, in the dtype of ``weight``."""
-        blocks, columns = self._mix.weights.shape
-        found = lookup(torch.cat([self.update, *self._directions], 1))
-        found = found.view(blocks, -1, columns, self.update.shape[1])
-        shift = torch.einsum("ktjr,kj->ktr", found, self._mix.weights) @ self.v.T
+        mix, rank = self.shown.mix.weights, self.update.shape[1]
+        found = lookup(torch.cat([self.update, *self.shown.directions], 1))
+        found = found.view(len(mix), -1, mix.shape[1], rank)
+        v, _ = self._projector(torch.float32)
+        shift = torch.einsum("ktjr,kj->ktr", found, mix) @ v[:rank]
         return lookup(weight).view(shift.shape).float().mul_(self.keep).add_(shift).to(weight.dtype)
 
     def change(self, rows: slice) -> Tensor:
@@ -91,10 +135,28 @@ class LowRankMatrix:
 
 
 class LowRankSpace:
-    """Directions, accumulated update and update rule of all sites: all that moves during a window."""
+    """Directions, accumulated update and update rule of all sites: all that moves during a window.
 
-    def __init__(self, sites: Sequence[Site], method: Method, seed: int, device: torch.device) -> None:
-        self.method, self.device = method, device
+    Args:
+        sites: Of the layout, in order.
+        method: What to tune, and how directions look.
+        seed: The run's seed.
+        device: Where all of it is.
+        dtype: What linear layers multiply in.
+
+    Attributes:
+        stage: What the blocks of the last probe see; None before the window's first.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        method: Method,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.method, self.device, self._dtype = method, device, dtype
         self.directions = LowRankDirections(
             sites,
             seed=seed,
@@ -104,15 +166,17 @@ class LowRankSpace:
             device=device,
         )
         self.factors = torch.zeros(self.directions.factors.size, device=device)
+        self.stage: Stage | None = None
         self.rule: Rule = Momentum(method.momentum, len(self.factors), device) if method.momentum else Sgd()
         views = zip(sites, self.directions.factors.views(self.factors), strict=True)
         self.sites = {site: LowRankMatrix(view) if site.is_matrix else Vector(view) for site, view in views}
         self._drawn: dict[DirectionKey, Tensor] = {}
+        self._stages: dict[tuple[int, int], Stage] = {}
         self.open_window(0)
 
     def open_window(self, index: int) -> None:
         """Draw V and start from no update."""
-        self.window = index
+        self.window, self.stage = index, None
         self.factors.zero_()
         for (site, state), v in zip(self.sites.items(), self.directions.window(index), strict=True):
             state.keep, state.moves = 1.0, site.moves(index)
@@ -126,15 +190,16 @@ class LowRankSpace:
             ValueError: A probe is not of the current window.
         """
         keys = list(dict.fromkeys(probe.key for probe in probes if probe.key is not None))
-        mix = Mixture.of(probes, keys, self.device)
         drawn = [self._draw(key) for key in keys]
-        shift = torch.stack(drawn or [torch.zeros_like(self.factors)])[mix.picked].mul_(mix.amounts)
-        views = [self.directions.factors.views(flat) for flat in (*drawn, shift)]
-        for state, (*directions, shifts) in zip(self.sites.values(), zip(*views, strict=True), strict=True):
-            if isinstance(state, Vector):
-                state.probe(directions, mix)
-            else:
-                state.probe(directions, shifts, mix)
+        shape = len(probes), len(keys)
+        if shape not in self._stages:
+            with torch.inference_mode(False):
+                self._stages[shape] = Stage(self.sites, self.directions.factors, *shape, self._dtype)
+        stage = self._stages[shape]
+        if stage is not self.stage:
+            stage.enter()
+            self.stage = stage
+        stage.show(self.factors, probes, keys, drawn)
 
     def apply(self, update: Update, weights: Mapping[Site, Tensor], fold: Fold) -> None:
         """Move B by the update; at the end of a window fold it into the weights and open the next window."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zotune.protocol import DirectionKey, Probe
+from zotune.transfer import onto
 
 Lookup = Callable[[Tensor], Tensor]
 """A module's own embedding with another table ``(vocabulary, n)``, for all tokens of the pack: ``(..., n)``."""
@@ -37,24 +38,29 @@ class Mixture:
         weights[:, 0] = 1.0
         if keys:
             weights[torch.arange(len(probes)), 1 + picked] = amounts
-        return cls(weights.to(device), picked.to(device), amounts.view(-1, 1).to(device))
+        return cls(onto(weights, device), onto(picked, device), onto(amounts.view(-1, 1), device))
+
+    def copy_(self, other: Mixture) -> None:
+        """Take the numbers of another mixture of as many blocks and directions."""
+        self.weights.copy_(other.weights)
+        self.picked.copy_(other.picked)
+        self.amounts.copy_(other.amounts)
 
 
 class Vector:
     """A bias or norm gain ``(n,)`` as every block sees it: as stored, plus ``shift``.
 
     Attributes:
-        shift: float32 ``(blocks, n)``; ``(1, n)`` where it is not the site's turn and all blocks see the same.
-        moves: Whether it is.
+        update: float32 ``(n,)``: B, a view of the space's flat buffer.
+        shift: float32 ``(blocks, n)``.
+        moves: Whether it is the site's turn; the shift is zero otherwise.
     """
+
+    shift: Tensor
 
     def __init__(self, update: Tensor) -> None:
         self.update = update
         self.keep, self.moves = 1.0, True
-
-    def probe(self, directions: list[Tensor], mix: Mixture) -> None:
-        """Take this step's z, float32 ``(n,)`` each, and how the blocks mix them."""
-        self.shift = mix.weights @ torch.stack([self.update, *directions]) if self.moves else self.update.unsqueeze(0)
 
     def change(self, rows: slice) -> Tensor:
         """The accumulated update of some elements, float32."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zotune.errors import ModelError
 from zotune.layout import Layout, Site
+from zotune.runtimes import norms
 from zotune.runtimes.mixture import Lookup, Vector
 from zotune.runtimes.precision import product_dtype
 
@@ -28,6 +30,10 @@ _UNDECAYED = ("bias", "layer_norm", "layernorm")
 
 class Matrix(Protocol):
     """What a wrapped module needs of a matrix site; `LowRankMatrix` and `DenseMatrix` are the two."""
+
+    def carry(self, bias: Vector) -> bool:
+        """Offer the layer's bias: whether the product shifts it, too."""
+        ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """Product of every block."""
@@ -234,7 +240,7 @@ class TunedLinear:
     def __init__(self, module: nn.Linear | Conv1D, matrix: Matrix | None, bias: Vector | None, shape: Shape) -> None:
         self.weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
         self.bias = None if module.bias is None else module.bias.data
-        self.matrix, self.shift, self.shape = matrix, bias, shape
+        self.matrix, self.shift, self.shape = matrix, _uncarried(matrix, bias), shape
         self.dtype = product_dtype(self.weight.dtype, self.weight.device.type)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -248,13 +254,18 @@ class TunedLinear:
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
+def _uncarried(matrix: Matrix | None, bias: Vector | None) -> Vector | None:
+    """A layer's bias, unless the layer's matrix shifts it."""
+    return bias if matrix is None or bias is None or not matrix.carry(bias) else None
+
+
 class TunedHead:
     """Forward of the output head: float32, and only the columns that are asked for."""
 
     def __init__(self, module: nn.Linear, matrix: Matrix | None, bias: Vector | None, shape: Shape) -> None:
         self.weight = module.weight.data
         self.bias = None if module.bias is None else module.bias.data
-        self.matrix, self.shift, self.shape = matrix, bias, shape
+        self.matrix, self.shift, self.shape = matrix, _uncarried(matrix, bias), shape
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(1, blocks * kept, in)`` to float32 ``(1, blocks * kept, columns)``."""
@@ -291,18 +302,43 @@ class TunedNorm:
         # In float32 throughout: a 16-bit factor would promote element by element, which is several times slower.
         self.normed = _bare(module, torch.full_like(self.weight, 1.0 - self.offset, dtype=torch.float32))
         self.gain, self.shift, self.shape = gain, bias, shape
+        compiles = self.weight.is_cuda and self.weight.dtype != torch.float32
+        self.formula = norms.formula(module, partial(_bare, module)) if compiles else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Any shape with an axis of ``blocks * tokens`` whose last axis is normalised; the same shape."""
+        if self.formula is not None and self.gain.keep == 1.0:
+            return self._compiled(x, self.formula)
         normed = self.normed(x.float())
         axis = self.shape.token_axis(normed)
         y = normed.unflatten(axis, (self.shape.blocks, -1))
         spread = [1] * y.dim()
         spread[axis], spread[-1] = len(self.gain.shift), y.shape[-1]
-        y.mul_((self.weight.float() * self.gain.keep + self.offset + self.gain.shift).view(spread))
-        if self.shift is not None and self.bias is not None:
-            y.add_((self.bias.float() * self.shift.keep + self.shift.shift).view(spread))
-        return normed.to(x.dtype)
+        gain = _shown(self.weight, self.gain)
+        gain = (gain + self.offset if self.offset else gain).view(spread)
+        if self.shift is None or self.bias is None:
+            y.mul_(gain)
+        else:
+            y = torch.addcmul(_shown(self.bias, self.shift).view(spread), y, gain)
+        return y.flatten(axis, axis + 1).to(x.dtype)
+
+    def _compiled(self, x: Tensor, formula: norms.Formula) -> Tensor:
+        """The same in one kernel."""
+        axis = self.shape.token_axis(x)
+        blocks = x.unflatten(axis, (self.shape.blocks, -1))
+        spread = [1] * blocks.dim()
+        spread[axis], spread[-1] = len(self.gain.shift), x.shape[-1]
+        bias = None if self.shift is None else self.shift.shift.view(spread)
+        y = norms.kernel()(
+            *(blocks, self.weight, self.gain.shift.view(spread), self.bias, bias),
+            *(formula.centred, formula.eps, formula.offset),
+        )
+        return y.flatten(axis, axis + 1)
+
+
+def _shown(stored: Tensor, vector: Vector) -> Tensor:
+    """A gain or bias as every block sees it, float32 ``(blocks, n)``."""
+    return vector.shift + (stored if vector.keep == 1.0 else stored.float() * vector.keep)
 
 
 def _adds_one(module: Any) -> bool:

@@ -7,21 +7,26 @@ operation that differs per probe is a batched matmul over blocks. Only attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zotune.rows import Row
+from zotune.transfer import onto
 
 ACTIVATIONS = 16
 """Vectors of the hidden width that the activations of a token take, about."""
 
 _LENGTHS = 16
 """Attention pads lengths to multiples of this: fewer calls, and shapes that batched products are good at."""
+
+_LONGEST = 128
+"""The longest sequence of spans counts as a multiple of this: kernels do nothing for what is not there."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,31 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Rows and branches as sequences of any length, for attention kernels that take those.
+
+    Attributes:
+        queries: Tokens of each sequence, which lie one behind the other, int64 ``(n,)``.
+        keys: Tokens that the last of them looks at: those before it, and itself, int64 ``(n,)``.
+        seen: Token indices of all that is looked at, sequence by sequence, int64; None where it is the queries.
+        longest: At least as many as the longest sequence has queries, and as it has keys.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    seen: Tensor | None
+    longest: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Pack:
     """One block's tokens and what is read from them.
 
     Attributes:
         tokens: Token ids, int64 ``(T,)``.
         positions: Position of each token in its row, int64 ``(T,)``.
-        groups: How attention goes, in the order of the tokens.
+        groups: How attention goes, in the order of the tokens; none where there are spans.
+        spans: The same for kernels that take sequences of any length; None where there are groups.
         kept: Tokens whose hidden state reaches the head, int64 ``(n,)``.
         vocabulary: Token ids that the head must score, ascending int64; None for the whole vocabulary.
         picked: Per scored token, its hidden state's place in ``kept`` and its column of the head's output.
@@ -61,13 +84,52 @@ class Pack:
     tokens: Tensor
     positions: Tensor
     groups: tuple[Group, ...]
+    spans: Spans | None
     kept: Tensor
     vocabulary: Tensor | None
     picked: tuple[Tensor, Tensor]
     starts: np.ndarray
 
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors, int64, in a fixed order."""
+        return list(_tensors(self))
 
-_ToTensor = Callable[[Sequence[int] | np.ndarray], Tensor]
+    def to(self, device: torch.device) -> Pack:
+        """The same on a device, in one copy: all tensors are views of one."""
+        parts = self.tensors()
+        flat = onto(torch.cat([part.flatten() for part in parts]), device)
+        views = zip(flat.split([part.numel() for part in parts]), parts, strict=True)
+        moved: Pack = _with_tensors(self, iter([view.view(part.shape) for view, part in views]))
+        return moved
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    if torch.is_tensor(item):
+        yield item
+    elif isinstance(item, tuple) or is_dataclass(item):
+        for part in item if isinstance(item, tuple) else (getattr(item, each.name) for each in fields(item)):
+            yield from _tensors(part)
+
+
+def _with_tensors(item: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same with other tensors, in the order of `_tensors`."""
+    if torch.is_tensor(item):
+        return next(tensors)
+    if isinstance(item, tuple):
+        return tuple(_with_tensors(part, tensors) for part in item)
+    if is_dataclass(item) and not isinstance(item, type):
+        return replace(item, **{f.name: _with_tensors(getattr(item, f.name), tensors) for f in fields(item)})
+    return item
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A prompt, or a branch of one: where its tokens lie, and those of the prompt before it."""
+
+    start: int
+    length: int
+    prompt: int = 0
+    before: int = 0
 
 
 @dataclass
@@ -85,7 +147,7 @@ class _Block:
         return start
 
 
-def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = "cpu") -> Pack:
+def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = "cpu", spans: bool = False) -> Pack:
     """Lay out one block.
 
     Args:
@@ -93,49 +155,48 @@ def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = 
         normalised: Whether the whole vocabulary's logits are needed; otherwise only the candidates' are, which is
             possible when every candidate is a single token.
         device: Where the tensors go.
+        spans: Say how attention goes in spans; default: in groups.
     """
-
-    def tensor(values: Sequence[int] | np.ndarray) -> Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device)
-
     block = _Block()
-    prompts, prompt_starts = _add_prompts(block, rows, tensor)
-    branches, branch_starts = _add_branches(block, rows, prompt_starts, tensor)
+    prompts, prompt_starts = _add_prompts(block, rows)
+    branches, branch_starts = _add_branches(block, rows, prompt_starts)
     sources, targets, starts = _scored(rows, prompt_starts, branch_starts)
     kept, place = np.unique(sources, return_inverse=True)
     narrow = not normalised and all(row.single_token for row in rows)
     vocabulary, columns = np.unique(targets, return_inverse=True) if narrow else (None, targets)
-    return Pack(
-        tokens=tensor(block.tokens),
-        positions=tensor(block.positions),
-        groups=(*prompts, *branches),
-        kept=tensor(kept),
-        vocabulary=None if vocabulary is None else tensor(vocabulary),
-        picked=(tensor(place), tensor(columns)),
+    laid = Pack(
+        tokens=_tensor(block.tokens),
+        positions=_tensor(block.positions),
+        groups=() if spans else _groups([*prompts, *branches]),
+        spans=_spans([*prompts, *branches]) if spans else None,
+        kept=_tensor(kept),
+        vocabulary=None if vocabulary is None else _tensor(vocabulary),
+        picked=(_tensor(place), _tensor(columns)),
         starts=starts,
     )
+    return laid if torch.device(device).type == "cpu" else laid.to(torch.device(device))
 
 
-def _add_prompts(block: _Block, rows: Sequence[Row], tensor: _ToTensor) -> tuple[list[Group], list[int]]:
-    """Lay out the prompts by length; their groups, and where the prompt of each row begins."""
-    groups = []
+def _tensor(values: Sequence[int] | np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64))
+
+
+def _add_prompts(block: _Block, rows: Sequence[Row]) -> tuple[list[_Sequence], list[int]]:
+    """Lay out the prompts by length; they, and where the prompt of each row begins."""
     starts = [0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    for padded, group in groupby(order, key=lambda i: _padded(len(rows[i].prompt))):
-        members = list(group)
-        for i in members:
-            starts[i] = block.add(rows[i].prompt, 0)
-        lengths = [len(rows[i].prompt) for i in members]
-        groups.append(_group([starts[i] for i in members], lengths, padded, tensor))
-    return groups, starts
+    laid = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].prompt)):
+        starts[i] = block.add(rows[i].prompt, 0)
+        laid.append(_Sequence(starts[i], len(rows[i].prompt)))
+    return laid, starts
 
 
 def _add_branches(
-    block: _Block, rows: Sequence[Row], prompt_starts: Sequence[int], tensor: _ToTensor
-) -> tuple[list[Group], dict[tuple[int, int], int]]:
-    """Lay out the candidates of several tokens by length; their groups, and where candidate c of row i begins."""
-    groups = []
+    block: _Block, rows: Sequence[Row], prompt_starts: Sequence[int]
+) -> tuple[list[_Sequence], dict[tuple[int, int], int]]:
+    """Lay out the candidates of several tokens by length; they, and where candidate c of row i begins."""
     starts: dict[tuple[int, int], int] = {}
+    laid = []
     # The last token of a branch predicts nothing that counts, so it is left out.
     branches = [
         (len(row.prompt), _padded(len(candidate.tokens) - 1), i, c)
@@ -143,30 +204,44 @@ def _add_branches(
         for c, candidate in enumerate(row.candidates)
         if len(candidate.tokens) > 1
     ]
-    for (before, padded), group in groupby(sorted(branches), key=lambda branch: branch[:2]):
-        members = [(i, c) for _, _, i, c in group]
-        for i, c in members:
-            starts[i, c] = block.add(rows[i].candidates[c].tokens[:-1], before)
-        lengths = [len(rows[i].candidates[c].tokens) - 1 for i, c in members]
-        prompts = np.array([prompt_starts[i] for i, _ in members])[:, None] + np.arange(before)
-        groups.append(_group([starts[member] for member in members], lengths, padded, tensor, prompts))
-    return groups, starts
+    for before, _, i, c in sorted(branches):
+        tokens = rows[i].candidates[c].tokens[:-1]
+        starts[i, c] = block.add(tokens, before)
+        laid.append(_Sequence(starts[i, c], len(tokens), prompt_starts[i], before))
+    return laid, starts
+
+
+def _groups(sequences: Sequence[_Sequence]) -> tuple[Group, ...]:
+    """Neighbours behind equally long prompts and of about equal length, together."""
+    alike = groupby(sequences, key=lambda each: (each.before, _padded(each.length)))
+    return tuple(_group(list(members), before, padded) for (before, padded), members in alike)
+
+
+def _spans(sequences: Sequence[_Sequence]) -> Spans:
+    queries = np.array([each.length for each in sequences])
+    before = np.array([each.before for each in sequences])
+    seen = None
+    if before.any():
+        looked_at = [(each.prompt, each.before, each.start, each.length) for each in sequences]
+        seen = _tensor(np.concatenate([np.r_[p : p + n, s : s + length] for p, n, s, length in looked_at]))
+    longest = tuple(-(-int(each.max()) // _LONGEST) * _LONGEST for each in (queries, before + queries))
+    return Spans(_tensor(queries), _tensor(before + queries), seen, (longest[0], longest[1]))
 
 
 def _padded(length: int) -> int:
     return -(-length // _LENGTHS) * _LENGTHS
 
 
-def _group(
-    starts: Sequence[int], lengths: Sequence[int], padded: int, tensor: _ToTensor, prompts: np.ndarray | None = None
-) -> Group:
-    """A group of members that begin at these tokens, side by side, behind these tokens of their prompts."""
+def _group(members: Sequence[_Sequence], before: int, padded: int) -> Group:
+    """A group of sequences that lie side by side, padded to a length."""
+    starts, lengths = (np.array([getattr(each, name) for each in members]) for name in ("start", "length"))
     places = np.arange(padded)
-    queries = np.array(starts)[:, None] + np.minimum(places, np.array(lengths)[:, None] - 1)
-    real = np.flatnonzero(places < np.array(lengths)[:, None])
-    own = tensor(queries)
-    keys = own if prompts is None else tensor(np.concatenate([prompts, queries], axis=1))
-    return Group(starts[0], starts[0] + sum(lengths), own, keys, tensor(real))
+    queries = starts[:, None] + np.minimum(places, lengths[:, None] - 1)
+    real = np.flatnonzero(places < lengths[:, None])
+    own = _tensor(queries)
+    prompts = np.array([each.prompt for each in members])[:, None] + np.arange(before)
+    keys = own if before == 0 else _tensor(np.concatenate([prompts, queries], axis=1))
+    return Group(int(starts[0]), int(starts[0] + lengths.sum()), own, keys, _tensor(real))
 
 
 def _scored(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zotune.layout import Layout, Site
+from zotune.layout import Layout, Site, period
 from zotune.runtimes.modules import Shape, decoder_layers
 from zotune.runtimes.packing import Pack
 
@@ -33,8 +33,7 @@ class Trunk:
     def __init__(self, model: PreTrainedModel, layout: Layout, shape: Shape) -> None:
         self._shape, self._blocks, self._tokens, self._top = shape, 1, 1, 0
         self._layer_of = _layers_of(model, layout)
-        windows = max(site.turn[1] for site in layout.sites)
-        reached = [self._reach(window) for window in range(windows)]
+        reached = [self._reach(window) for window in range(period(layout.sites))]
         self._hooks = []
         if any(reached):
             branching = list(enumerate(decoder_layers(model)))[min(reached) :]

@@ -1,0 +1,87 @@
+"""CUDA graphs: a forward that the host launches as one, instead of operation by operation.
+
+A graph is captured for each shape of pack, the second time that it is seen, and replayed from then on. All graphs share
+their memory, for one runs at a time and what it gives is read before the next. To have few shapes, packs are filled up
+with tokens that nothing is read from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.rows import Row
+from zotune.runtimes.packing import Pack
+
+Forward = Callable[[Pack], Tensor]
+
+_LARGEST = 8192
+"""Tokens of all blocks up to which launching takes a part of a forward that is worth saving."""
+_MOST = 64
+"""Graphs that are kept."""
+_FINEST, _COARSEST = 16, 128
+"""Fewest and most tokens that lengths of packs are apart."""
+
+
+def filler(tokens: int) -> Row:
+    """A row that nothing is read from, with which so many tokens become one of few numbers; about 3 % of them."""
+    step = min(_COARSEST, max(_FINEST, 1 << max(1, tokens // 16).bit_length() - 1))
+    return Row((0,) * (step - tokens % step), ())
+
+
+class Graphs:
+    """Runs forwards of packs with spans, as graphs where that is possible and pays."""
+
+    def __init__(self) -> None:
+        self._seen: set[Hashable] = set()
+        self._captured: dict[Hashable, _Captured] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+        self._able = True
+
+    def run(self, forward: Forward, pack: Pack, blocks: int, state: Hashable) -> Tensor:
+        """What ``forward`` gives for a pack; to be read before the next call.
+
+        Args:
+            forward: Depends on nothing but the pack's tensors, tensors that stay where they are, and ``state``.
+            pack: On the GPU.
+            blocks: That it is computed for.
+            state: What else may make a difference to the operations of the forward.
+        """
+        shapes = tuple(tensor.shape for tensor in pack.tensors())
+        assert pack.spans is not None
+        key = (state, blocks, shapes, pack.vocabulary is None, pack.spans.longest)
+        if key in self._captured:
+            return self._captured[key](pack)
+        # A first time by itself, because libraries set themselves up when they are first called.
+        if key not in self._seen or not self._pays(pack, blocks):
+            self._seen.add(key)
+            return forward(pack)
+        try:
+            self._captured[key] = _Captured(forward, pack, self._memory)
+        except RuntimeError:
+            # A model whose own code waits for the device cannot be captured.
+            self._able = False
+            return forward(pack)
+        return self._captured[key](pack)
+
+    def _pays(self, pack: Pack, blocks: int) -> bool:
+        return self._able and len(self._captured) < _MOST and blocks * len(pack.tokens) <= _LARGEST
+
+
+class _Captured:
+    """A forward with tensors of its own to read from."""
+
+    def __init__(self, forward: Forward, pack: Pack, memory: Any) -> None:
+        self._pack, self._graph = pack, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+            self._scores = forward(pack)
+
+    def __call__(self, pack: Pack) -> Tensor:
+        for mine, new in zip(self._pack.tensors(), pack.tensors(), strict=True):
+            if mine is not new:
+                mine.copy_(new)
+        self._graph.replay()
+        return self._scores

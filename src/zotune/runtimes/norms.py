@@ -1,0 +1,92 @@
+"""Normalisations whose formula is known, so that on a GPU a compiler can make one kernel of each.
+
+A norm that is of no such kind is called as it is (`zotune.runtimes.modules.TunedNorm`), which is several kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Formula:
+    """``(x - m) / sqrt(mean((x - m)^2) + eps) * (gain + offset) + bias``, over the last axis.
+
+    Attributes:
+        centred: Whether m is the mean of x; else it is 0.
+        eps: See above.
+        offset: What the module adds to its stored gain.
+    """
+
+    centred: bool
+    eps: float
+    offset: float
+
+
+def formula(module: Any, twin: Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]) -> Formula | None:
+    """The formula of a norm, found by trying it; None where none fits.
+
+    Args:
+        module: With a ``weight``, and perhaps a ``bias``.
+        twin: Gives its forward with another weight and bias.
+    """
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float):
+        return None
+    stored = module.weight
+    tilt = torch.linspace(-1.3, 2.1, len(stored), device=stored.device)
+    bias = tilt.flip(0) if getattr(module, "bias", None) is not None else None
+    # As small as sqrt(eps), so that where it stands counts.
+    x = torch.linspace(-1, 2, 3 * len(stored), device=stored.device).sin().view(3, -1) * eps**0.5
+    with torch.no_grad():
+        expected = twin(tilt, bias)(x)
+        for centred, offset in product((False, True), (0.0, 1.0)):
+            y = shown(x, tilt, torch.zeros_like(tilt), bias, None, centred, eps, offset)
+            if torch.allclose(y, expected, atol=1e-4, rtol=1e-4):
+                return Formula(centred, eps, offset)
+    return None
+
+
+def shown(
+    x: Tensor,
+    gain: Tensor,
+    gain_shift: Tensor,
+    bias: Tensor | None,
+    bias_shift: Tensor | None,
+    centred: bool,
+    eps: float,
+    offset: float,
+) -> Tensor:
+    """``x`` normalised as `Formula` says, in float32 and then rounded to its dtype.
+
+    Args:
+        x: ``(..., n)``.
+        gain: As stored, ``(n,)``.
+        gain_shift: Of every block, float32, to be broadcast to x.
+        bias: As stored, ``(n,)``, or None.
+        bias_shift: Of every block, float32, to be broadcast to x, or None.
+        centred: See `Formula`.
+        eps: See there.
+        offset: See there.
+    """
+    total = x.float()
+    if centred:
+        total = total - total.mean(-1, keepdim=True)
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    y = normed * (gain_shift + gain + offset)
+    if bias is not None:
+        y = y + (bias if bias_shift is None else bias_shift + bias)
+    return y.to(x.dtype)
+
+
+@cache
+def kernel() -> Callable[..., Tensor]:
+    """`shown`, compiled."""
+    return torch.compile(shown)

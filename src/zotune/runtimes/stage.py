@@ -1,0 +1,142 @@
+"""What the blocks of a pack see of all low-rank sites, in a few flat buffers that stay where they are.
+
+A step writes new numbers into them with a handful of operations, however many sites there are, and what a site sees is
+a view that was made once. A CUDA graph finds them where they were when it was captured (`zotune.runtimes.graphs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zotune.layout import Site
+from zotune.noise import NoiseBlock
+from zotune.protocol import DirectionKey, Probe
+from zotune.runtimes.mixture import Mixture, Vector
+
+if TYPE_CHECKING:
+    from zotune.runtimes.lowrank import LowRankMatrix
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """What a matrix's blocks see.
+
+    Attributes:
+        factors: ``(blocks, rows, out)`` in the products' dtype: B, then what a probe adds to it, which in 16 bits their
+            sum would round away; two more rows, alike, if the matrix carries a bias; see `LowRankMatrix.rows`.
+        shift: What a probe adds, float32 ``(blocks, out, r)``.
+        directions: U of each direction, float32 ``(out, r)``.
+        mix: How the blocks mix B and the directions.
+    """
+
+    factors: Tensor
+    shift: Tensor
+    directions: tuple[Tensor, ...]
+    mix: Mixture
+
+
+class Stage:
+    """The buffers of so many blocks and directions.
+
+    Args:
+        sites: And their states, in order.
+        layout: Of the flat buffer of all factors, which B and directions have.
+        blocks: Of a pack.
+        directions: Between all blocks.
+        dtype: What linear layers multiply in.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[Site, LowRankMatrix | Vector],
+        layout: NoiseBlock,
+        blocks: int,
+        directions: int,
+        dtype: torch.dtype,
+    ) -> None:
+        device = layout.device
+        self._states = list(sites.values())
+        self._pattern: list[tuple[int | None, int, float]] = []
+        self._mix = Mixture(
+            torch.zeros(blocks, 1 + directions, device=device),
+            torch.zeros(blocks, dtype=torch.int64, device=device),
+            torch.zeros(blocks, 1, device=device),
+        )
+        self._directions = torch.zeros(max(1, directions), layout.size, device=device)
+        self._shift = torch.zeros(blocks, layout.size, device=device)
+        places = dict(zip(self._states, layout.views(torch.arange(layout.size)), strict=True))
+        matrices = [_order(state, places, layout.size) for state in self._states if not isinstance(state, Vector)]
+        vectors = [places[state] for state in self._states if isinstance(state, Vector)]
+        self._matrix_order = torch.cat([order.flatten() for order in matrices]).to(device) if matrices else None
+        self._vector_order = torch.cat(vectors).to(device) if vectors else None
+        self._factors = torch.zeros(blocks, sum(order.numel() for order in matrices), dtype=dtype, device=device)
+        self._shown = torch.zeros(blocks, sum(map(len, vectors)), device=device)
+        self._views = self._seen(layout, [tuple(order.shape) for order in matrices], directions)
+
+    def _seen(self, layout: NoiseBlock, shapes: Sequence[tuple[int, ...]], directions: int) -> list[Any]:
+        """What each site sees, in order: a `MatrixView`, or a vector's shift, float32 ``(blocks, n)``."""
+        factors = iter(self._factors.split([rows * out for rows, out in shapes], dim=1))
+        sizes, shifts = iter(shapes), layout.views(self._shift)
+        drawn = list(zip(*(layout.views(flat) for flat in self._directions[:directions]), strict=True))
+        vectors = iter(self._shown.split([len(s.update) for s in self._states if isinstance(s, Vector)], dim=1))
+        return [
+            next(vectors)
+            if isinstance(state, Vector)
+            else MatrixView(
+                next(factors).unflatten(1, next(sizes)), shifts[at], tuple(drawn[at]) if drawn else (), self._mix
+            )
+            for at, state in enumerate(self._states)
+        ]
+
+    def enter(self) -> None:
+        """Let every site see this stage."""
+        for state, view in zip(self._states, self._views, strict=True):
+            if isinstance(state, Vector):
+                # All blocks see the same where it is not the site's turn, and there may be only one of them.
+                state.shift = view if state.moves else view[:1]
+            else:
+                state.shown = view
+
+    def show(
+        self, update: Tensor, probes: Sequence[Probe], keys: Sequence[DirectionKey], drawn: Sequence[Tensor]
+    ) -> None:
+        """Show the blocks this step's probes.
+
+        Args:
+            update: B of all sites, flat.
+            probes: One per block.
+            keys: Of their directions.
+            drawn: The directions of all sites, flat each.
+        """
+        order: dict[DirectionKey | None, int] = {key: index for index, key in enumerate(keys)}
+        pattern = [(order.get(probe.key), probe.sign, probe.eps) for probe in probes]
+        if pattern != self._pattern:
+            # Almost every step mixes its directions as the one before did.
+            self._mix.copy_(Mixture.of(probes, keys, update.device))
+            self._pattern = pattern
+        if drawn:
+            torch.stack(list(drawn), out=self._directions)
+        torch.index_select(self._directions, 0, self._mix.picked, out=self._shift).mul_(self._mix.amounts)
+        if self._matrix_order is not None:
+            dtype = self._factors.dtype
+            both = torch.cat([update.to(dtype).expand_as(self._shift), self._shift.to(dtype)], 1)
+            torch.index_select(both, 1, self._matrix_order, out=self._factors)
+        if self._vector_order is not None:
+            torch.index_select(self._shift + update, 1, self._vector_order, out=self._shown)
+
+
+def _order(state: LowRankMatrix, places: Mapping[LowRankMatrix | Vector, Tensor], size: int) -> Tensor:
+    """Where a matrix's factors lie in flat B and flat shift, one behind the other; int64 ``(rows, out)``."""
+    at = places[state].T
+    rows = [at, at + size]
+    if state.bias is not None:
+        bias = places[state.bias].unsqueeze(0)
+        rows += [bias, bias + size]
+    found = torch.cat(rows)
+    # What meets no input may be any number.
+    return torch.cat([found, found[:1].expand(state.rows - len(found), -1)])
