@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from zotune.bench import Plan, overhead, random_engine, report, scaling
 from zotune.bench.results import every
@@ -34,18 +35,26 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def measure(model: str, runtimes: list[str], chosen: argparse.Namespace, began: float) -> None:
+    """All that is wanted of a model and has no result yet; the official step, which is slow and even, a few times."""
+
+    def options(repeats: int) -> dict[str, Any]:
+        left = max(0.0, chosen.minutes - (time.monotonic() - began) / 60)
+        return {"folder": chosen.out, "repeats": repeats, "minutes": left, "retry": chosen.retry}
+
+    scaling(Plan([model], [OFFICIAL], chosen.batches), **options(max(3, chosen.repeats // 4)))
+    scaling(Plan([model], runtimes, chosen.batches), **options(chosen.repeats))
+    overhead(Plan([model], runtimes, chosen.batches[:1]), **options(chosen.repeats))
+
+
 def main() -> None:
     chosen, began = arguments(), time.monotonic()
     runtimes = chosen.runtimes
     if not random_engine.is_installed():
         print("vLLM is not installed, so it is left out: pip install 'zotune[vllm]'", file=sys.stderr)
         runtimes = [name for name in runtimes if not name.startswith("vllm")]
-    options = {"repeats": chosen.repeats, "retry": chosen.retry}
-    steps = Plan(models=chosen.models, runtimes=[OFFICIAL, *runtimes], batches=chosen.batches)
-    scaling(steps, chosen.out, minutes=chosen.minutes, **options)
-    left = max(0.0, chosen.minutes - (time.monotonic() - began) / 60)
-    phases = Plan(models=chosen.models, runtimes=runtimes, batches=chosen.batches[:1])
-    overhead(phases, chosen.out, minutes=left, **options)
+    for model in chosen.models:
+        measure(model, runtimes, chosen, began)
     text = report.markdown(report.sections(every(chosen.out)), pictures=False)
     (chosen.out / "report.md").write_text(text, encoding="utf-8")
     print(text)
