@@ -11,16 +11,21 @@ from zotune.runtimes.folding import StochasticFold, _chunks
 KEY = "fold/3/12"
 
 
-@pytest.fixture(params=["as it is", "compiled"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "as it is":
+@pytest.mark.parametrize(
+    ("shape", "dtype", "compiled"),
+    [
+        *(((70, 33), dtype, False) for dtype in (torch.bfloat16, torch.float16)),
+        ((1, 5), torch.bfloat16, False),
+        ((64,), torch.bfloat16, False),
+        ((4096, 300), torch.bfloat16, True),
+    ],
+    ids=str,
+)
+def test_it_folds_to_the_same_bits(
+    shape: tuple[int, ...], dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
         monkeypatch.setattr(fused, "_kernel", lambda: fused.fold_rows)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(70, 33), (1, 5), (64,), (4096, 300)], ids=str)
-@pytest.mark.usefixtures("kernel")
-def test_it_folds_to_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Several kernels for the largest, whose rows are in three chunks.
     monkeypatch.setattr(fused, "_LARGEST", 600_000)
     generator = torch.Generator().manual_seed(0)

@@ -52,7 +52,7 @@ class Worker(_Worker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as ever, then wrap the layers that hold sites."""
         settings = cast("dict[str, Any]", self.vllm_config.additional_config)["zotune"]
-        follow(*settings["driver"])
+        follow()
         super().load_model(*args, **kwargs)
         self.tuner = Tuner(Engine(self.model_runner), settings)
 

@@ -17,7 +17,7 @@ import torch
 
 from zotune.config import ModelConfig
 from zotune.errors import ModelError, ZotuneError, reason
-from zotune.runtimes.engine import gate, memory
+from zotune.runtimes.engine import gate, layers, lifeline, memory
 
 # vLLM's worker on a CPU puts something that does nothing in its place.
 _set_num_threads = torch.set_num_threads
@@ -87,7 +87,8 @@ def start(
             "trust_remote_code": model.trust_remote_code,
             "dtype": dtype,
             "worker_cls": "zotune.runtimes.engine.internals.Worker",
-            "additional_config": {"zotune": settings},
+            # Compiled code names layers by numbers, so it must not be found by another engine of this process.
+            "additional_config": {"zotune": settings | {"layers_before": layers.registered()}},
             # Where vLLM has no implementation it would rewrite transformers' classes, for all of this process.
             "model_impl": "vllm",
             # A prefix that was computed before an update must never be taken for one after it.
@@ -127,7 +128,7 @@ def _load(path: str, arguments: dict[str, Any], processes: dict[str, str]) -> An
     from vllm import LLM
 
     before = _descendants()
-    with _environment(processes), _muted() as log:
+    with _environment(processes | lifeline.driver()), _muted() as log:
         try:
             return LLM(**arguments)
         except BaseException as error:

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ class LinearLayer(Layer):
     def __init__(self, path: str, module: Any) -> None:
         super().__init__(path, module)
         self.base = module.quant_method
-        self.key = _register(self)
+        self.key = _LAYERS.add(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
@@ -99,7 +100,7 @@ class TableLayer(Layer):
     def __init__(self, path: str, module: Any) -> None:
         super().__init__(path, module)
         self.base = getattr(module, "quant_method", None)
-        self.key = _register(self)
+        self.key = _LAYERS.add(self)
         self._forward = module.forward
 
     def __getattr__(self, name: str) -> Any:
@@ -291,12 +292,28 @@ def _size(parts: Sequence[Part]) -> int:
     return max(part.local.stop for part in parts)
 
 
-_LAYERS: list[Any] = []
+class _Registry:
+    """Layers by number, for as long as their model lives; a number is given once."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self._layers: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+    def add(self, layer: Any) -> int:
+        self._layers[self.given] = layer
+        self.given += 1
+        return self.given - 1
+
+    def __getitem__(self, number: int) -> Any:
+        return self._layers[number]
 
 
-def _register(layer: Any) -> int:
-    _LAYERS.append(layer)
-    return len(_LAYERS) - 1
+_LAYERS = _Registry()
+
+
+def registered() -> int:
+    """How many layers that compiled code may call this process has had so far."""
+    return _LAYERS.given
 
 
 @torch.library.custom_op("zotune::linear", mutates_args=())

@@ -18,6 +18,8 @@ T = TypeVar("T")
 _PATIENCE = 0.5
 """Seconds between two looks at the processes while a call lasts."""
 
+_DRIVER = "ZOTUNE_DRIVER"
+
 _GRACE = 5.0
 """Seconds that a dying engine has to say why."""
 
@@ -80,16 +82,20 @@ def _collect(act: Callable[[], Any], outcome: list[Any]) -> None:
         outcome.append((None, error))
 
 
-def driver() -> list[Any]:
-    """This process, as `follow` wants it."""
-    return [socket.gethostname(), os.getpid()]
+def driver() -> dict[str, str]:
+    """This process, as environment that `follow` finds in those that it starts.
+
+    Not as settings, which vLLM takes into the key of what it compiles: no run would find what an earlier one compiled.
+    """
+    return {_DRIVER: f"{socket.gethostname()} {os.getpid()}"}
 
 
-def follow(host: str, pid: int) -> None:
+def follow() -> None:
     """In a worker: end this process, and the engine's above it, when the driver's is gone; leave Ctrl-C to the driver.
 
     A driver that was killed cannot end what it started, and vLLM's processes would go on without it.
     """
+    host, pid = os.environ[_DRIVER].split()[0], int(os.environ[_DRIVER].split()[1])
     if host != socket.gethostname() or pid == os.getpid():
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -9,7 +9,6 @@ from typing import Any
 from zotune.config import RuntimeConfig
 from zotune.layout import Layout, Site
 from zotune.optimizer import Method
-from zotune.runtimes.engine import lifeline
 
 
 def pack(method: Method, layout: Layout, seed: int, options: RuntimeConfig) -> dict[str, Any]:
@@ -22,7 +21,6 @@ def pack(method: Method, layout: Layout, seed: int, options: RuntimeConfig) -> d
         "fold": options.fold,
         "bank_rank": options.vllm.bank_rank,
         "adapters": options.vllm.adapters,
-        "driver": lifeline.driver(),
     }
 
 
