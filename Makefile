@@ -19,7 +19,7 @@ demo: $(VENV)/demo.stamp ## fine-tune a real model on real reviews, on the CPU, 
 	$(BIN)/zotune demo
 
 test: $(VENV)/dev.stamp ## run the test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)/dev.stamp ## check style and formatting
 	$(BIN)/ruff check .

@@ -21,8 +21,8 @@ class Memory:
 
     Attributes:
         weights: Parameters and buffers of the model as loaded.
-        factors: float32 U, V and B of every site (dense directions: the largest site twice), the momentum of B, and
-            with ``fold = "master"`` the float32 copy of the tuned weights on the host.
+        factors: float32 U, V and B of every site and what each probe shows of them (dense directions: the largest site
+            twice), the momentum of B, and with ``fold = "master"`` the float32 copy of the tuned weights on the host.
         activations: Of the largest forward: 16 vectors of the hidden width per token, and float32 logits of the scored
             tokens twice.
         measured: Peak of this process, or of the GPU's allocator, while a step's probes were scored.
@@ -89,17 +89,20 @@ def _memory(session: Session, probes: int, measured: int) -> Memory:
     activations = ACTIVATIONS * tokens * text.hidden_size * model.dtype.itemsize
     if session.data.objective.normalised:
         activations += int(share * 2 * 4 * logits)
-    factors = _factors(session.runtime.layout, session.optimizer.method, runtime)
+    factors = _factors(session.runtime.layout, session.optimizer.method, runtime, probes)
     return Memory(sum(held.values()), factors, activations, measured)
 
 
-def _factors(layout: Layout, method: Method, runtime: RuntimeConfig) -> int:
+def _factors(layout: Layout, method: Method, runtime: RuntimeConfig, probes: int) -> int:
     """Bytes of directions, updates and copies."""
     copies = method.directions + 1 + (method.momentum > 0)
     vectors = copies * sum(site.size for site in layout.sites if not site.is_matrix)
     matrices = [site.shape for site in layout.sites if site.is_matrix]
     if method.family == "low-rank":
-        numbers = method.rank * sum(copies * out + width for out, width in matrices)
+        # Of every direction its draw and the stage's; of every probe its shift and what it shows, twice as many.
+        shown = method.directions + 3 * probes
+        numbers = method.rank * sum((copies + shown) * out + 3 * width for out, width in matrices)
+        vectors += shown * sum(site.size for site in layout.sites if not site.is_matrix)
     else:
         numbers = 2 * max((out * width for out, width in matrices), default=0)
     return 4 * (numbers + vectors + (layout.size if runtime.fold == "master" else 0))

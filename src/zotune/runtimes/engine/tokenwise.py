@@ -21,6 +21,7 @@ from torch import Tensor
 
 from zotune.layout import Site
 from zotune.protocol import DirectionKey, Probe, Update
+from zotune.runtimes.engine.scatter import Scatter
 from zotune.runtimes.folding import Fold
 from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
 
@@ -235,6 +236,7 @@ class TokenSpace(LowRankSpace):
     def attach(self, modules: Sequence[Tuned], mix: TokenMix) -> None:
         """Let these modules follow all that moves here from now on."""
         self.modules, self.mix = tuple(modules), mix
+        self._scatter = Scatter(self.modules, tuple(self.sites), self.directions.factors)
         self.bank: Bank | None = None
         for module in modules:
             module.decays = bool(self.method.weight_decay) and module.parts[0].site.decays
@@ -255,7 +257,7 @@ class TokenSpace(LowRankSpace):
         if len(columns) >= self.mix.columns:
             raise ValueError(f"got {len(columns)} directions at once, room is for {self.mix.columns - 1}")
         for (key, eps), column in columns.items():
-            self._show(column, self._draw(key) * eps)
+            self._scatter.show(column, self._draw(key) * eps)
 
     def shift(self, probe: Probe) -> dict[Site, Tensor]:
         """What a probe adds to every site's update: ``sign * eps * U``, float32 ``(out, r)``.
@@ -298,12 +300,8 @@ class TokenSpace(LowRankSpace):
 
     def _refresh_update(self) -> None:
         for module in self.modules:
-            module.keep.fill_(self.sites[module.parts[0].site].keep)
-        self._show(0, self.factors)
+            if module.decays:
+                module.keep.fill_(self.sites[module.parts[0].site].keep)
+        self._scatter.show(0, self.factors)
         if self.bank is not None:
             self.bank.show(self.modules)
-
-    def _show(self, column: int, flat: Tensor) -> None:
-        factors = dict(zip(self.sites, self.directions.factors.views(flat), strict=True))
-        for module in self.modules:
-            module.show(column, factors)
