@@ -62,6 +62,7 @@ def test_batches_share_a_process_which_a_failed_one_leaves_alive_and_a_killed_on
     assert not psutil.pid_exists(second)
 
 
+@pytest.mark.slow
 def test_what_cannot_start_is_tried_once_for_all_batches(tmp_path: Path) -> None:
     tried = str(tmp_path / "tried")
     with Apart(start, measure) as processes:
@@ -71,6 +72,7 @@ def test_what_cannot_start_is_tried_once_for_all_batches(tmp_path: Path) -> None
     assert Path(tried).read_text() == "x"
 
 
+@pytest.mark.slow
 def test_a_case_that_overruns_is_ended_with_what_it_has_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ def test_llama_passes_every_check(check: Callable[[Case], None]) -> None:
 
 
 @pytest.mark.parametrize(("family", "method"), QUICK)
-@pytest.mark.parametrize("check", FEW, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", FEW[:2], ids=lambda check: check.__name__)
 def test_families(family: str, method: str, check: Callable[[Case], None]) -> None:
     _check(family, method, check)
 
