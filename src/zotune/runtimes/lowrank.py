@@ -31,7 +31,7 @@ from zotune.runtimes.mixture import Lookup, Vector
 from zotune.runtimes.stage import MatrixView, Stage
 from zotune.updates import Momentum, Rule, Sgd, combine
 
-_ALIGNED = 8
+_ALIGNED = {"cuda": 8}
 """A GPU's products of 16-bit numbers are several times slower where an extent is no multiple of this."""
 
 
@@ -66,7 +66,8 @@ class LowRankMatrix:
     def rows(self) -> int:
         """Factors of an output, with what fills them up for a GPU's products."""
         needed = 2 * self.update.shape[1] + (0 if self.bias is None else 2)
-        return -(-needed // _ALIGNED) * _ALIGNED if self.update.is_cuda else needed
+        step = _ALIGNED.get(self.update.device.type, 1)
+        return -(-needed // step) * step
 
     def open_window(self, v: Tensor) -> None:
         """Take the window's V, float32 ``(in, r)``."""
