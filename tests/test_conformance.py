@@ -59,13 +59,6 @@ def test_embedded_methods(family: str, method: str, check: Check) -> None:
     check(Case(EmbeddedRuntime, family, METHODS[method]))
 
 
-@pytest.mark.parametrize("check", [conformance.check_probes, conformance.check_updates], ids=identify)
-@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-tied"])
-def test_factors_that_are_filled_up_add_nothing(family: str, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowrank, "_ALIGNED", {"cpu": 8})
-    check(Case(EmbeddedRuntime, family, METHODS["all"]))
-
-
 @pytest.mark.parametrize("check", NUMBERS, ids=identify)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_embedded_lora(family: str, check: Check) -> None:
