@@ -76,12 +76,17 @@ class _Captured:
 
     def __init__(self, forward: Forward, pack: Pack, memory: Any) -> None:
         self._pack, self._graph = pack, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+        with self._device(), torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
             self._scores = forward(pack)
 
     def __call__(self, pack: Pack) -> Tensor:
         for mine, new in zip(self._pack.tensors(), pack.tensors(), strict=True):
             if mine is not new:
                 mine.copy_(new)
-        self._graph.replay()
+        with self._device():
+            self._graph.replay()
         return self._scores
+
+    def _device(self) -> torch.cuda.device:
+        # What is captured and replayed is a stream of the current device, which need not be the model's.
+        return torch.cuda.device(self._pack.tokens.device)
