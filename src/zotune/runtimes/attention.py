@@ -152,11 +152,13 @@ def packed_attention(
 
 
 def takes_spans(model: PreTrainedModel) -> bool:
-    """Whether FlashAttention can do a model's attention: in 16 bits, on an Ampere GPU or newer, without a soft cap."""
+    """Whether FlashAttention can do a model's attention: in 16 bits, on an NVIDIA GPU from Ampere on, without a soft cap."""
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
         model.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(model.device) >= (8, 0)
         and model.dtype in (torch.bfloat16, torch.float16)
         and width % 8 == 0
