@@ -152,7 +152,7 @@ def packed_attention(
 
 
 def takes_spans(model: PreTrainedModel) -> bool:
-    """Whether FlashAttention does a model's attention: in 16 bits, on an NVIDIA GPU from Ampere on, without a soft cap."""
+    """Whether FlashAttention does a model's attention: 16 bits, an NVIDIA GPU from Ampere on, and no soft cap."""
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
