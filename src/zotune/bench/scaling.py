@@ -19,8 +19,6 @@ from zotune.runtimes.precision import product_dtype
 
 KIND = "scaling"
 
-_MORE = {"cpu": 0, "cuda": 1}
-
 
 def scaling(
     wanted: Plan,
@@ -100,4 +98,4 @@ def _warm_up(taken: sides.Steps, timed: range) -> list[int]:
     """Batches to step on first: on a GPU twice those that are timed, after which each has its graph."""
     if taken.device.type == "cuda" and isinstance(taken, Stepper):
         return [*timed, *timed]
-    return [0, *timed[: _MORE[taken.device.type]]]
+    return [0] if taken.device.type == "cpu" else [0, timed[0]]

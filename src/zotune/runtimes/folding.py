@@ -40,7 +40,7 @@ class StochasticFold:
         """
         key = f"fold/{self.seed}/{step}"
         if weight.device.type == "cuda" and weight.dtype != torch.float32:
-            self._fused.add(site.name, weight, change, keep, key, list(_chunks(weight)))
+            self._fused.add(site.name, weight, change, keep, key, _chunks(weight))
             return
         for rows in _chunks(weight):
             part = weight[rows]

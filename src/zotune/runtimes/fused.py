@@ -7,7 +7,7 @@ a weight once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -49,7 +49,13 @@ class FusedFold:
         self._key = ""
 
     def add(
-        self, name: str, weight: Tensor, change: Callable[[slice], Tensor], keep: float, key: str, chunks: list[slice]
+        self,
+        name: str,
+        weight: Tensor,
+        change: Callable[[slice], Tensor],
+        keep: float,
+        key: str,
+        chunks: Iterable[slice],
     ) -> None:
         """``weight <- keep * weight + change``, in place.
 
@@ -59,12 +65,16 @@ class FusedFold:
             change: The float32 change of some rows.
             keep: What weight decay leaves of the weight.
             key: Of the noise.
-            chunks: Rows that have a stream of noise of their own, ascending; all but the last are equally many.
+            chunks: Rows with a stream of noise of their own, ascending, all but the last equally many; looked at the
+                first time that a site is folded.
         """
+        if key != self._key:
+            self._key = key
+            self._draw(self._sites)
         if name not in self._sites:
-            self._sites[name] = _site(name, weight, chunks)
-            self._key = ""
-        site, (starts, gammas) = self._sites[name], self._stream(name, key)
+            self._sites[name] = _site(name, weight, list(chunks))
+            self._draw([name])
+        site, (starts, gammas) = self._sites[name], self._streams[name]
         for first in range(0, len(weight), site.step):
             rows = slice(first, first + site.step)
             part, moved = weight[rows], change(rows)
@@ -72,15 +82,14 @@ class FusedFold:
                 part, moved, rows = part.unsqueeze(0), moved.unsqueeze(0), slice(1)
             _kernel()(part, moved, keep, starts, gammas, site.chunk[rows], site.before[rows])
 
-    def _stream(self, name: str, key: str) -> Tensor:
-        """Starts and gammas of a site's streams, int64 ``(2, chunks)``; those of all sites are made together."""
-        if key != self._key:
-            names = [site.names for site in self._sites.values()]
-            device = next(iter(self._sites.values())).chunk.device
-            made = onto(torch.stack(streams(np.concatenate(names), key)), device)
-            self._streams = dict(zip(self._sites, made.split([len(each) for each in names], dim=1), strict=True))
-            self._key = key
-        return self._streams[name]
+    def _draw(self, sites: Collection[str]) -> None:
+        """Make starts and gammas of sites' streams, int64 ``(2, chunks)`` each, all of them together."""
+        if not sites:
+            return
+        names = [self._sites[site].names for site in sites]
+        device = self._sites[next(iter(sites))].chunk.device
+        made = onto(torch.stack(streams(np.concatenate(names), self._key)), device)
+        self._streams |= zip(sites, made.split([len(each) for each in names], dim=1), strict=True)
 
 
 def _site(name: str, weight: Tensor, chunks: Sequence[slice]) -> _Site:

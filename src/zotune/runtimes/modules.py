@@ -309,11 +309,7 @@ class TunedNorm:
         """Any shape with an axis of ``blocks * tokens`` whose last axis is normalised; the same shape."""
         if self.formula is not None and self.gain.keep == 1.0:
             return self._compiled(x, self.formula)
-        normed = self.normed(x.float())
-        axis = self.shape.token_axis(normed)
-        y = normed.unflatten(axis, (self.shape.blocks, -1))
-        spread = [1] * y.dim()
-        spread[axis], spread[-1] = len(self.gain.shift), y.shape[-1]
+        axis, y, spread = self._by_block(self.normed(x.float()))
         gain = _shown(self.weight, self.gain)
         gain = (gain + self.offset if self.offset else gain).view(spread)
         if self.shift is None or self.bias is None:
@@ -322,12 +318,17 @@ class TunedNorm:
             y = torch.addcmul(_shown(self.bias, self.shift).view(spread), y, gain)
         return y.flatten(axis, axis + 1).to(x.dtype)
 
-    def _compiled(self, x: Tensor, formula: norms.Formula) -> Tensor:
-        """The same in one kernel."""
+    def _by_block(self, x: Tensor) -> tuple[int, Tensor, list[int]]:
+        """The axis of tokens; x with blocks in front of it; and the shape in which gains and biases meet that."""
         axis = self.shape.token_axis(x)
         blocks = x.unflatten(axis, (self.shape.blocks, -1))
         spread = [1] * blocks.dim()
         spread[axis], spread[-1] = len(self.gain.shift), x.shape[-1]
+        return axis, blocks, spread
+
+    def _compiled(self, x: Tensor, formula: norms.Formula) -> Tensor:
+        """The same in one kernel."""
+        axis, blocks, spread = self._by_block(x)
         bias = None if self.shift is None else self.shift.shift.view(spread)
         y = norms.kernel()(
             *(blocks, self.weight, self.gain.shift.view(spread), self.bias, bias),
