@@ -182,9 +182,11 @@ def test_collate_pads_on_the_left_to_eight() -> None:
     assert (batch.sizes, batch.gold) == ((2,), (1,))
 
 
-def test_collate_refuses_single_candidates() -> None:
-    with pytest.raises(DataError, match="two candidates"):
-        collate([Example(Row((5,), (Candidate((4, 9), (0, 1)),)))])
+@pytest.mark.parametrize("counts", [(), (1, 2)])
+def test_collate_refuses_examples_of_two_kinds(counts: tuple[int, ...]) -> None:
+    batch = [Example(Row((5,), (Candidate((4, 9), (0, 1)),) * count)) for count in counts]
+    with pytest.raises(DataError, match="two candidates or more, or with one each"):
+        collate(batch)
 
 
 # GPT-2 numbers positions from the padding on, as it does under any padding collator without position ids.
@@ -202,6 +204,15 @@ def test_padded_loss_is_the_loss_of_unpadded_scores(family: str) -> None:
     with torch.no_grad():
         loss = padded_loss(model, collate([Example(rows[0], 1), Example(rows[1], 2)], pad=1))
     assert loss == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_padded_loss_of_right_answers_alone() -> None:
+    model = tiny.model("llama")
+    rows = [Row((5, 6, 7), (Candidate((4, 9, 6), (0, 2)),)), Row((8, 9), (Candidate((20,), (0,)),))]
+    scores = DenseOracle(model, ()).score(rows).reshape(2) / [2, 1]
+    with torch.no_grad():
+        loss = padded_loss(model, collate([Example(row) for row in rows]))
+    assert loss == pytest.approx(-scores.mean(), rel=1e-5)
 
 
 def written_out(model: nn.Module, batch: list[Example], seed: int, steps: int, corrected: bool) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,7 @@ class Example:
     row: Row
     gold: int = 0
     answers: tuple[str, ...] = ()
+
+    def right_alone(self) -> Example:
+        """The same with no candidate but the right one."""
+        return replace(self, row=Row(self.row.prompt, (self.row.candidates[self.gold],)), gold=0)

@@ -206,16 +206,20 @@ def test_a_training_that_diverged_fails_again_without_training(options: dict[str
     assert "diverged after" in second.figures["error"]
 
 
-def test_the_official_loss_is_not_taken_for_another(options: dict[str, Any]) -> None:
+def test_both_sides_learn_the_right_answer_alone_where_a_task_says_so(options: dict[str, Any]) -> None:
     folder = options["data"] / "copa"
     folder.mkdir()
-    choices = {"choice1": "It was dull", "choice2": "It was fine"}
-    row = {"premise": "the film was weak.", "question": "effect", "label": 0, **choices}
+    row = {"premise": "the film was weak.", "question": "effect", "choice1": "It was dull", "choice2": "It was fine"}
     for split in ("train", "validation"):
-        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    ours, theirs = convergence(["lozo", "official-lozo"], tasks=["copa"], **options)
-    assert ours.figures["accuracy"] in (0.0, 1.0)
-    assert "cross-entropy over candidates, and copa" in theirs.figures["error"]
+        rows = [json.dumps({**row, "premise": f"{number} {row['premise']}", "label": 1}) for number in range(4)]
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    ours, theirs = convergence(["lozo,lr=1e-3", "official-lozo,lr=1e-3"], tasks=["copa"], **options)
+    for result in (ours, theirs):
+        first, *_, last = points(result)
+        assert last.loss < first.loss
+        # Two forwards of a sequence per row, in 4 steps of 4 rows.
+        assert last.rows == 32
+    assert points(ours)[0].loss == points(theirs)[0].loss
 
 
 def made(method: str, seed: int, *accuracies: float) -> Result:

@@ -116,6 +116,16 @@ def test_objectives(tmp_path):
     assert data.train[0].row.candidates[0].tokens[-1] == TOKENIZER.eos_token_id
 
 
+def test_candidates_that_no_loss_counts_are_not_trained_on(tmp_path):
+    path = write(tmp_path / "rows.jsonl", 20)
+    chosen, told = (load(config(path, loss=loss), TOKENIZER, CONTEXT) for loss in ("candidates", "gold"))
+    assert told.objective == CompletionNLL()
+    assert told.validation == chosen.validation
+    for alone, example in zip(told.train, chosen.train, strict=True):
+        assert alone.row.candidates == (example.row.candidates[example.gold],)
+        assert (alone.row.prompt, alone.gold) == (example.row.prompt, 0)
+
+
 def test_a_task_takes_local_files(tmp_path):
     path = tmp_path / "train.jsonl"
     rows = [{"sentence": f"film {number} ", "label": number % 2} for number in range(30)]

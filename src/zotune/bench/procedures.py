@@ -13,9 +13,7 @@ from zotune.bench.curve import Evaluated, Spent
 from zotune.config import Config
 from zotune.data import BatchOrder, Dataset
 from zotune.data import load as load_data
-from zotune.errors import ConfigError
 from zotune.evaluate import Metrics, evaluate
-from zotune.objectives import CandidateCrossEntropy
 from zotune.optimizer import Method
 from zotune.presets import PRESETS, resolve
 from zotune.rows import Example
@@ -52,7 +50,7 @@ class Procedure:
 
 
 def _lozo(config: Config, model: Any, data: Dataset) -> Stepping:
-    method = _classifying(config, data)
+    method = resolve(config.method)
     return OfficialLozo(
         model,
         lr=method.lr,
@@ -65,7 +63,7 @@ def _lozo(config: Config, model: Any, data: Dataset) -> Stepping:
 
 
 def _mezo(config: Config, model: Any, data: Dataset) -> Stepping:
-    method = _classifying(config, data)
+    method = resolve(config.method)
     return OfficialMezo(model, lr=method.lr, eps=method.eps, weight_decay=method.weight_decay, seed=config.train.seed)
 
 
@@ -81,16 +79,6 @@ def _adamw(config: Config, model: Any, data: Dataset) -> Stepping:
         lora_alpha=method.lora_alpha,
         seed=train.seed,
     )
-
-
-def _classifying(config: Config, data: Dataset) -> Method:
-    """The method, where the official loss, which is that of classification, is the task's."""
-    if not isinstance(data.objective, CandidateCrossEntropy):
-        raise ConfigError(
-            f"the official step learns the cross-entropy over candidates, and {config.data.task} the likelihood of the "
-            "right one; compare presets there"
-        )
-    return resolve(config.method)
 
 
 def _padded(batch: Sequence[Example]) -> Spent:

@@ -27,7 +27,7 @@ class Dataset:
     """All that a run learns from and is judged by.
 
     Attributes:
-        train: Examples to train on.
+        train: Examples to train on; where the loss is that of the right candidate alone, with no other.
         validation: Examples to evaluate on. Where both are split from one file of a user's, none is among the former.
         objective: What turns scores into losses, exact for these examples.
         notices: What the user should be told: rows and class balance of each split, rows that were cut, repeated,
@@ -80,7 +80,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -
     if isinstance(problem, Classification):
         notices += report.balance(problem.classes, train.examples, validation.examples)
     return Dataset(
-        train.examples,
+        problem.learnt(train.examples),
         validation.examples,
         problem.objective(examples),
         tuple(notices),

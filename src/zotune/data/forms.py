@@ -82,6 +82,10 @@ class Classification:
         """The loss for these examples."""
         return CompletionNLL() if self.loss == "gold" else CandidateCrossEntropy.for_examples(examples)
 
+    def learnt(self, examples: Sequence[Example]) -> tuple[Example, ...]:
+        """What of these examples is trained on: where the right candidate alone counts, no other is computed."""
+        return tuple(example.right_alone() if self.loss == "gold" else example for example in examples)
+
     def check_training(self, examples: Sequence[Example]) -> None:
         """Refuse training rows of one class.
 
@@ -111,6 +115,10 @@ class _Learnt:
     def objective(self, examples: Sequence[Example]) -> Objective:
         """The loss for these examples."""
         return CompletionNLL()
+
+    def learnt(self, examples: Sequence[Example]) -> tuple[Example, ...]:
+        """All of these examples."""
+        return tuple(examples)
 
     def check_training(self, examples: Sequence[Example]) -> None:
         """Any rows will do."""

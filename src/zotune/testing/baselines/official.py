@@ -22,7 +22,7 @@ UNDECAYED = ("bias", "layer_norm", "layernorm")
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """A batch as a padding collator makes it: one sequence per candidate.
+    """A batch as a padding collator makes it: one sequence per candidate, all of several or all of one.
 
     Attributes:
         input_ids: int64 ``(sequences, length)``, padded on the left to a multiple of 8.
@@ -43,15 +43,18 @@ def collate(examples: Sequence[Example], pad: int = 0) -> PaddedBatch:
     """Pad a batch the way the official code's collator does.
 
     Args:
-        examples: Each with two candidates or more.
+        examples: Each with two candidates or more, to choose from, or each with one, to be made likely.
         pad: Token id of padding.
 
     Raises:
-        DataError: There are no examples, or one has a single candidate, whose cross-entropy would always be zero.
+        DataError: There are no examples, or some have a single candidate and some have more.
     """
     sizes = tuple(len(example.row.candidates) for example in examples)
-    if min(sizes, default=0) < 2:
-        raise DataError(f"the official classification loss needs two candidates or more per example, got {sizes}")
+    if not sizes or (min(sizes) == 1 and max(sizes) > 1):
+        raise DataError(
+            f"the official losses are of examples with two candidates or more, or with one each, got {sizes}: give "
+            "examples of one kind"
+        )
     pairs = [(example.row.prompt, candidate) for example in examples for candidate in example.row.candidates]
     longest = max(len(prompt) + len(candidate.tokens) for prompt, candidate in pairs)
     length = -(-longest // 8) * 8
@@ -70,8 +73,10 @@ def collate(examples: Sequence[Example], pad: int = 0) -> PaddedBatch:
 def padded_loss(model: nn.Module, batch: PaddedBatch) -> float:
     """Cross-entropy over each example's candidates of their mean log-probability, mean over examples.
 
-    Everything is in the model's dtype. The softmax is taken at the scored positions only: the official code takes it
-    everywhere and then drops the rest, which costs more and changes nothing.
+    Where each example has one candidate, it is the negative of its mean log-probability, mean over examples: the loss
+    of MeZO's tasks of generation, COPA among them. Everything is in the model's dtype. The softmax is taken at the
+    scored positions only: the official code takes it everywhere and then drops the rest, which costs more and changes
+    nothing.
     """
     device = next(model.parameters()).device
     ids = batch.input_ids.to(device)
@@ -83,6 +88,8 @@ def padded_loss(model: nn.Module, batch: PaddedBatch) -> float:
     for sequence, where in enumerate(places):
         log_probabilities = torch.log_softmax(logits[sequence, where - 1], dim=-1)
         means.append(log_probabilities.gather(1, ids[sequence, where, None]).mean())
+    if max(batch.sizes) == 1:
+        return -float(torch.stack(means).mean())
     examples = torch.stack(means).split(list(batch.sizes))
     losses = [-torch.log_softmax(group, dim=0)[gold] for group, gold in zip(examples, batch.gold, strict=True)]
     return float(torch.stack(losses).mean())
