@@ -48,19 +48,36 @@ class LowRankDirections:
             distribution,
             device,
         )
-        self._waiting = [
-            [at for at, site in enumerate(sites) if not site.moves(window)] for window in range(period(sites))
-        ]
+        self._waiting = [self._waiting_in(window) for window in range(period(sites))]
         self._v = NoiseBlock([s.name for s in matrices], [(s.shape[1], rank) for s in matrices], distribution, device)
 
     def draw(self, key: DirectionKey) -> Tensor:
         """U and z of all sites as one flat float32 tensor; ``factors.views`` cuts it into ``(out, r)`` and ``(n,)``."""
-        drawn = self.factors.draw(f"U/{self.seed}/{key.step}/{key.index}")
-        if waiting := self._waiting[key.window % len(self._waiting)]:
-            views = self.factors.views(drawn)
-            for at in waiting:
-                views[at].zero_()
-        return drawn
+        return self._turned(self.factors.draw(self._name(key)), key.window)
+
+    def streams(self, key: DirectionKey) -> Tensor:
+        """What `drawn` makes this direction from: int64 ``(2, sites)`` on the CPU; see `NoiseBlock.streams`."""
+        return self.factors.streams(self._name(key))
+
+    def drawn(self, given: Tensor, window: int) -> Tensor:
+        """What `draw` gives for a key of this window, in operations on the device alone; see `NoiseBlock.drawn`."""
+        return self._turned(self.factors.drawn(given), window)
+
+    def _name(self, key: DirectionKey) -> str:
+        return f"U/{self.seed}/{key.step}/{key.index}"
+
+    def _turned(self, drawn: Tensor, window: int) -> Tensor:
+        waiting = self._waiting[window % len(self._waiting)]
+        return drawn if waiting is None else drawn.masked_fill_(waiting, 0)
+
+    def _waiting_in(self, window: int) -> Tensor | None:
+        """Where a draw is of sites whose turn it is not, bool ``(size,)``; None if it is everybody's."""
+        if all(site.moves(window) for site in self.sites):
+            return None
+        waiting = torch.zeros(self.factors.size, dtype=torch.bool)
+        for site, view in zip(self.sites, self.factors.views(waiting), strict=True):
+            view.fill_(not site.moves(window))
+        return waiting.to(self.factors.device)
 
     def window(self, index: int) -> list[Tensor | None]:
         """V of every matrix, float32 ``(in, r)`` with the scale applied; None for a vector."""

@@ -74,7 +74,16 @@ class NoiseBlock:
 
     def draw(self, key: str) -> Tensor:
         """One flat tensor ``(size,)`` for this key; `views` cuts it. Elements between two views are unused."""
-        return _LOOKUPS[self.distribution](self._words(key))
+        given = self.streams(key)
+        return self.drawn(given if self._tensor is None else onto(given, self.device))
+
+    def streams(self, key: str) -> Tensor:
+        """What `drawn` makes the draw of this key from: int64 ``(2, tensors)`` on the CPU."""
+        return torch.stack(streams(self._names, key))
+
+    def drawn(self, given: Tensor) -> Tensor:
+        """What `draw` gives for a key, in operations on the device alone; ``given`` is its `streams`, over there."""
+        return _LOOKUPS[self.distribution](self._words(*given))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The tensors of a flat buffer ``(..., size)``, without a copy."""
@@ -83,13 +92,10 @@ class NoiseBlock:
             for offset, shape in zip(self._offsets, self.shapes, strict=True)
         ]
 
-    def _words(self, key: str) -> Tensor:
-        starts, gammas = streams(self._names, key)
+    def _words(self, starts: Tensor, gammas: Tensor) -> Tensor:
         if self._tensor is None:
-            words = torch.arange(self._n_words, device=self.device)
-            words.mul_(int(gammas[0])).add_(int(starts[0]))
+            words = torch.arange(self._n_words, device=self.device).mul_(gammas[0]).add_(starts[0])
         else:
-            starts, gammas = onto(torch.stack([starts, gammas]), self.device)
             words = gammas[self._tensor].mul_(self._counter).add_(starts[self._tensor])
         return _mix_(words)
 

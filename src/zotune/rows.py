@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Row:
     prompt: tuple[int, ...]
     candidates: tuple[Candidate, ...]
 
-    @property
+    @cached_property
     def single_token(self) -> bool:
         """True when every candidate is one token, so that the prompt alone has to be computed."""
         return all(len(candidate.tokens) == 1 for candidate in self.candidates)
 
-    @property
+    @cached_property
     def n_tokens(self) -> int:
         """Tokens that a forward pass computes for this row."""
         # The last token of a branch predicts nothing that counts, so it is not computed.

@@ -12,3 +12,8 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
     A GPU takes it from pinned memory in its own time: an ordinary copy would first wait for all work it was given.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def into(there: Tensor, tensor: Tensor) -> None:
+    """Write a CPU tensor into one of a device, as `onto` does."""
+    there.copy_(tensor.pin_memory() if there.device.type == "cuda" else tensor, non_blocking=True)

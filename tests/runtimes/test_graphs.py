@@ -1,16 +1,22 @@
 """When a forward becomes a graph, and what packs are filled up with; what a graph gives is tried on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_attention import looped
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
+from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN
 from zotune.rows import Row
-from zotune.runtimes import graphs
+from zotune.runtimes import attention, graphs
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.graphs import Graphs, filler
 from zotune.runtimes.packing import Pack, pack
@@ -25,7 +31,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Pack]:
     """What was captured, by a stand-in for a graph."""
     found: list[Pack] = []
 
-    def capture(forward: Callable[[Pack], Tensor], packed: Pack, memory: object) -> Callable[[Pack], Tensor]:
+    def capture(
+        forward: Callable[[Pack], Tensor], packed: Pack, device: object, memory: object
+    ) -> Callable[[Pack], Tensor]:
         found.append(packed)
         forward(packed)
         return lambda _: torch.tensor(-1.0)
@@ -40,7 +48,7 @@ def value(_: Pack) -> Tensor:
 
 
 def test_a_shape_is_captured_when_it_is_seen_again(captured: list[Pack]) -> None:
-    made = Graphs()
+    made = Graphs(torch.device("cpu"))
     given = [float(made.run(value, each, 2, "state")) for each in (PACK, OTHER, PACK, PACK, OTHER)]
     assert given == [1, 1, -1, -1, -1]
     assert captured == [PACK, OTHER]
@@ -59,7 +67,7 @@ def test_a_shape_is_captured_when_it_is_seen_again(captured: list[Pack]) -> None
 )
 @pytest.mark.usefixtures("captured")
 def test_whatever_makes_a_difference_has_a_graph_of_its_own(packed: Pack, blocks: int, state: str) -> None:
-    made = Graphs()
+    made = Graphs(torch.device("cpu"))
     for _ in range(3):
         made.run(value, PACK, 2, "state")
     assert float(made.run(value, packed, blocks, state)) == 1
@@ -68,7 +76,7 @@ def test_whatever_makes_a_difference_has_a_graph_of_its_own(packed: Pack, blocks
 def test_large_packs_and_too_many_shapes_run_by_themselves(
     captured: list[Pack], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Graphs()
+    made = Graphs(torch.device("cpu"))
     blocks = graphs._LARGEST // len(PACK.tokens) + 1
     assert [float(made.run(value, PACK, blocks, 0)) for _ in range(3)] == [1, 1, 1]
     monkeypatch.setattr(graphs, "_MOST", 1)
@@ -82,7 +90,7 @@ def test_a_model_that_cannot_be_captured_runs_by_itself(captured: list[Pack], mo
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "_Captured", fail)
-    made = Graphs()
+    made = Graphs(torch.device("cpu"))
     assert [float(made.run(value, PACK, 2, 0)) for _ in range(4)] == [1, 1, 1, 1]
     assert not captured
 
@@ -103,3 +111,76 @@ def test_filling_up_changes_no_score(family: str) -> None:
     scores, expected = (runtime.score([CLEAN], each, normalised=False) for each in (filled, rows))
     assert scores.shape == expected.shape
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: operations with the tensors that they were called with, to be done again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.do(function, *args, **kwargs or {})
+
+    def do(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, found))
+        return found
+
+    def replay(self) -> None:
+        for function, args, kwargs, found in self.calls:
+            for mine, new in zip(tree_leaves(found), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(mine, Tensor) and mine.data_ptr() != new.data_ptr():
+                    mine.copy_(new)
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """All that is captured, on tapes; attention is one operation on them, as it is on a GPU."""
+    tapes, running = [], []
+
+    @contextmanager
+    def capturing(tape: Tape, **_: Any) -> Iterator[None]:
+        tapes.append(tape)
+        running.append(tape)
+        with tape:
+            yield
+        running.pop()
+
+    def attended(*args: Any, **options: Any) -> Tensor:
+        if not running:
+            return looped(*args, **options)
+        with _disable_current_modes():
+            return running[-1].do(looped, *args, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(attention, "_kernel", attended)
+    return tapes
+
+
+@pytest.mark.parametrize("scope", ["all", "linear", "last-layers"])
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_graph_sees_all_that_moves(family: Any, scope: Any, taped: list[Tape]) -> None:
+    method = Method(scope=scope, eps=1e-2, lr=1e-3, interval=3, directions=2)
+    ours, plain = (EmbeddedRuntime(tiny.model(family), method) for _ in range(2))
+    ours._spans = plain._spans = True
+    ours._graphs = Graphs(torch.device("cpu"))
+    optimizer = Optimizer(method, 100)
+    first = tiny.rows("single", 5, longest=9)
+    # As long together, so of the same shape.
+    batches = [first, [replace(row, prompt=row.prompt[::-1]) for row in first[::-1]]]
+    for step in range(10):
+        asked = optimizer.ask(step).probes
+        # Filled up alike, the two have the same sums in the same order.
+        rows = list(batches[step % 2])
+        filled = [*rows, filler(sum(row.n_tokens for row in rows))]
+        scores = ours.score(asked, rows, normalised=False)
+        assert np.array_equal(scores, plain.score(asked, filled, normalised=False))
+        for each in (ours, plain):
+            each.apply(optimizer.update(step, (2.0, -1.0)))
+    assert len(taped) == (2 if scope == "last-layers" else 1)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state().values(), plain.state().values(), strict=True))

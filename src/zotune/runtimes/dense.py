@@ -85,6 +85,9 @@ class DenseSpace:
         }
         self.window = 0
 
+    def show(self) -> None:
+        """Nothing: dense directions are drawn where they are added."""
+
     def probe(self, probes: Sequence[Probe]) -> None:
         """Make every site show the blocks of these probes.
 

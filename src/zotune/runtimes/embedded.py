@@ -90,7 +90,7 @@ class EmbeddedRuntime:
         self._period = period(self.layout.sites)
         # Decay changes numbers in the operations themselves, and dense directions are drawn among them.
         steady = isinstance(self.space, LowRankSpace) and method.weight_decay == 0.0
-        self._graphs = graphs.Graphs() if self._spans and steady else None
+        self._graphs = graphs.Graphs(model.device) if self._spans and steady else None
         self.timings = {"draw": 0.0, "pack": 0.0, "forward": 0.0, "read": 0.0, "apply": 0.0}
 
     @torch.inference_mode()
@@ -113,26 +113,34 @@ class EmbeddedRuntime:
         for part in cut(costs, self.max_tokens // len(probes)):
             with self._timed("pack"):
                 packed = self._packed(rows[part], normalised)
-            with self._timed("forward"):
-                scores = self._scored(packed, len(probes))
+            scores = self._scored(packed, len(probes))
             with self._timed("read"):
                 parts.append(self._read(scores, packed))
         return np.concatenate(parts, axis=1)
 
     def _packed(self, rows: Sequence[Row], normalised: bool) -> Pack:
-        device = self.model.device
         if self._graphs is not None and all(row.single_token for row in rows):
             rows = [*rows, graphs.filler(sum(row.n_tokens for row in rows))]
-        return pack(rows, normalised=normalised, device=device, spans=self._spans)
+        return pack(rows, normalised=normalised, spans=self._spans)
 
     def _scored(self, packed: Pack, blocks: int) -> Tensor:
         """Log-likelihoods of all scored tokens, float32 ``(blocks, n)``, perhaps still being computed."""
-        forward = partial(self._forward, blocks=blocks)
         space = self.space
         whole = packed.spans is not None and packed.spans.seen is None
-        if self._graphs is None or not whole or not isinstance(space, LowRankSpace):
-            return forward(packed)
-        return self._graphs.run(forward, packed, blocks, (id(space.stage), space.window % self._period))
+        if self._graphs is not None and whole and isinstance(space, LowRankSpace):
+            forward = partial(self._shown_forward, blocks=blocks)
+            with self._timed("forward"):
+                scores = self._graphs.run(forward, packed, blocks, (id(space.stage), space.window % self._period))
+            space.shown()
+            return scores
+        with self._timed("draw"):
+            space.show()
+        with self._timed("forward"):
+            return self._forward(packed.to(self.model.device), blocks)
+
+    def _shown_forward(self, packed: Pack, blocks: int) -> Tensor:
+        self.space.show()
+        return self._forward(packed, blocks)
 
     def _forward(self, packed: Pack, blocks: int) -> Tensor:
         self._shape.vocabulary = packed.vocabulary
@@ -166,6 +174,7 @@ class EmbeddedRuntime:
     ) -> list[tuple[int, ...]]:
         """What the clean model writes on; see `zotune.runtimes.base.Runtime.generate`."""
         self.space.probe([CLEAN])
+        self.space.show()
         return generation.generate(
             self.model,
             self._shape,

@@ -98,7 +98,7 @@ def _continue(
 def _read(model: PreTrainedModel, shape: Shape, prompts: Sequence[Tokens]) -> Tensor:
     """Logits after each prompt, ``(prompts, vocabulary)``."""
     any_token = Candidate((0,), (0,))
-    packed = pack([Row(prompt, (any_token,)) for prompt in prompts], normalised=True, device=model.device)
+    packed = pack([Row(prompt, (any_token,)) for prompt in prompts], normalised=True).to(model.device)
     with attention.attending(packed):
         return _forward(model, shape, packed.tokens, packed.positions, packed.kept)[packed.picked[0]]
 

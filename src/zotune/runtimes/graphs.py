@@ -8,6 +8,7 @@ with tokens that nothing is read from.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from zotune.rows import Row
 from zotune.runtimes.packing import Pack
+from zotune.transfer import into, onto
 
 Forward = Callable[[Pack], Tensor]
 
@@ -33,9 +35,14 @@ def filler(tokens: int) -> Row:
 
 
 class Graphs:
-    """Runs forwards of packs with spans, as graphs where that is possible and pays."""
+    """Runs forwards of packs with spans, as graphs where that is possible and pays.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where they run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._seen: set[Hashable] = set()
         self._captured: dict[Hashable, _Captured] = {}
         self._memory = torch.cuda.graph_pool_handle()
@@ -46,7 +53,7 @@ class Graphs:
 
         Args:
             forward: Depends on nothing but the pack's tensors, tensors that stay where they are, and ``state``.
-            pack: On the GPU.
+            pack: On the CPU.
             blocks: That it is computed for.
             state: What else may make a difference to the operations of the forward.
         """
@@ -58,13 +65,13 @@ class Graphs:
         # A first time by itself, because libraries set themselves up when they are first called.
         if key not in self._seen or not self._pays(pack, blocks):
             self._seen.add(key)
-            return forward(pack)
+            return forward(pack.to(self._device))
         try:
-            self._captured[key] = _Captured(forward, pack, self._memory)
+            self._captured[key] = _Captured(forward, pack, self._device, self._memory)
         except RuntimeError:
             # A model whose own code waits for the device cannot be captured.
             self._able = False
-            return forward(pack)
+            return forward(pack.to(self._device))
         return self._captured[key](pack)
 
     def _pays(self, pack: Pack, blocks: int) -> bool:
@@ -72,21 +79,17 @@ class Graphs:
 
 
 class _Captured:
-    """A forward with tensors of its own to read from."""
+    """A forward that reads its pack from one place."""
 
-    def __init__(self, forward: Forward, pack: Pack, memory: Any) -> None:
-        self._pack, self._graph = pack, torch.cuda.CUDAGraph()
-        with self._device(), torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
-            self._scores = forward(pack)
+    def __init__(self, forward: Forward, pack: Pack, device: torch.device, memory: Any) -> None:
+        # What is captured and replayed is a stream of the current device, which need not be the model's.
+        self._current = partial(torch.cuda.device, device)
+        self._flat, self._graph = onto(pack.flat(), device), torch.cuda.CUDAGraph()
+        with self._current(), torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+            self._scores = forward(pack.over(self._flat))
 
     def __call__(self, pack: Pack) -> Tensor:
-        for mine, new in zip(self._pack.tensors(), pack.tensors(), strict=True):
-            if mine is not new:
-                mine.copy_(new)
-        with self._device():
+        into(self._flat, pack.flat())
+        with self._current():
             self._graph.replay()
         return self._scores
-
-    def _device(self) -> torch.cuda.device:
-        # What is captured and replayed is a stream of the current device, which need not be the model's.
-        return torch.cuda.device(self._pack.tokens.device)

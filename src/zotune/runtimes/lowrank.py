@@ -172,6 +172,7 @@ class LowRankSpace:
         views = zip(sites, self.directions.factors.views(self.factors), strict=True)
         self.sites = {site: LowRankMatrix(view) if site.is_matrix else Vector(view) for site, view in views}
         self._drawn: dict[DirectionKey, Tensor] = {}
+        self._taken: dict[DirectionKey, Tensor] = {}
         self._stages: dict[tuple[int, int], Stage] = {}
         self.open_window(0)
 
@@ -185,22 +186,33 @@ class LowRankSpace:
                 state.open_window(v)
 
     def probe(self, probes: Sequence[Probe]) -> None:
-        """Make every site show the blocks of these probes.
+        """Make every site see the blocks of these probes, which `show` has yet to compute.
 
         Raises:
             ValueError: A probe is not of the current window.
         """
         keys = list(dict.fromkeys(probe.key for probe in probes if probe.key is not None))
-        drawn = [self._draw(key) for key in keys]
+        for key in keys:
+            self._require(key)
         shape = len(probes), len(keys)
         if shape not in self._stages:
             with torch.inference_mode(False):
-                self._stages[shape] = Stage(self.sites, self.directions.factors, *shape, self._dtype)
+                self._stages[shape] = Stage(self.sites, self.directions, *shape, self._dtype)
         stage = self._stages[shape]
         if stage is not self.stage:
             stage.enter()
             self.stage = stage
-        stage.show(self.factors, probes, keys, drawn)
+        self._drawn, self._taken = {}, stage.take(probes, keys)
+
+    def show(self) -> None:
+        """Draw the directions of the last `probe` and let its blocks see them, in operations on the device alone."""
+        if self.stage is not None:
+            self.stage.show(self.factors, self.window)
+        self.shown()
+
+    def shown(self) -> None:
+        """Take the operations of `show` for done, whoever did them, so that `apply` need not draw again."""
+        self._drawn = dict(self._taken)
 
     def apply(self, update: Update, weights: Mapping[Site, Tensor], fold: Fold) -> None:
         """Move B by the update; at the end of a window fold it into the weights and open the next window."""
@@ -208,7 +220,7 @@ class LowRankSpace:
             self._decay(1 - update.lr * self.method.weight_decay)
             gradient = combine([(self._draw(key), coefficient) for key, coefficient in update.terms])
             self.rule.step(self.factors, gradient, update.lr)
-        self._drawn.clear()
+        self._drawn = {}
         if update.closes_window:
             for site, state in self.sites.items():
                 fold.add(site, weights[site], state.change, state.keep, update.step)
@@ -228,9 +240,12 @@ class LowRankSpace:
         for site_state, keep in zip(self.sites.values(), state["keep"].tolist(), strict=True):
             site_state.keep = keep
 
-    def _draw(self, key: DirectionKey) -> Tensor:
+    def _require(self, key: DirectionKey) -> None:
         if key.window != self.window:
             raise ValueError(f"got a direction of window {key.window}, but the current window is {self.window}")
+
+    def _draw(self, key: DirectionKey) -> Tensor:
+        self._require(key)
         if key not in self._drawn:
             self._drawn[key] = self.directions.draw(key)
         return self._drawn[key]

@@ -94,13 +94,20 @@ class Pack:
         """All of its tensors, int64, in a fixed order."""
         return list(_tensors(self))
 
-    def to(self, device: torch.device) -> Pack:
-        """The same on a device, in one copy: all tensors are views of one."""
+    def flat(self) -> Tensor:
+        """All of its tensors, one behind the other."""
+        return torch.cat([part.flatten() for part in self.tensors()])
+
+    def over(self, flat: Tensor) -> Pack:
+        """The same with views of what `flat` gave, wherever that is now."""
         parts = self.tensors()
-        flat = onto(torch.cat([part.flatten() for part in parts]), device)
         views = zip(flat.split([part.numel() for part in parts]), parts, strict=True)
         moved: Pack = _with_tensors(self, iter([view.view(part.shape) for view, part in views]))
         return moved
+
+    def to(self, device: torch.device) -> Pack:
+        """The same on a device, in one copy."""
+        return self if device.type == "cpu" else self.over(onto(self.flat(), device))
 
 
 def _tensors(item: Any) -> Iterator[Tensor]:
@@ -147,14 +154,13 @@ class _Block:
         return start
 
 
-def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = "cpu", spans: bool = False) -> Pack:
-    """Lay out one block.
+def pack(rows: Sequence[Row], *, normalised: bool, spans: bool = False) -> Pack:
+    """Lay out one block, on the CPU.
 
     Args:
         rows: At least one.
         normalised: Whether the whole vocabulary's logits are needed; otherwise only the candidates' are, which is
             possible when every candidate is a single token.
-        device: Where the tensors go.
         spans: Say how attention goes in spans; default: in groups.
     """
     block = _Block()
@@ -164,7 +170,7 @@ def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = 
     kept, place = np.unique(sources, return_inverse=True)
     narrow = not normalised and all(row.single_token for row in rows)
     vocabulary, columns = np.unique(targets, return_inverse=True) if narrow else (None, targets)
-    laid = Pack(
+    return Pack(
         tokens=_tensor(block.tokens),
         positions=_tensor(block.positions),
         groups=() if spans else _groups([*prompts, *branches]),
@@ -174,7 +180,6 @@ def pack(rows: Sequence[Row], *, normalised: bool, device: torch.device | str = 
         picked=(_tensor(place), _tensor(columns)),
         starts=starts,
     )
-    return laid if torch.device(device).type == "cpu" else laid.to(torch.device(device))
 
 
 def _tensor(values: Sequence[int] | np.ndarray) -> Tensor:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zotune.directions import LowRankDirections
 from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.protocol import DirectionKey, Probe
 from zotune.runtimes.mixture import Mixture, Vector
+from zotune.transfer import into
 
 if TYPE_CHECKING:
     from zotune.runtimes.lowrank import LowRankMatrix
@@ -45,7 +47,7 @@ class Stage:
 
     Args:
         sites: And their states, in order.
-        layout: Of the flat buffer of all factors, which B and directions have.
+        drawing: Draws the directions; B is as flat as they are.
         blocks: Of a pack.
         directions: Between all blocks.
         dtype: What linear layers multiply in.
@@ -54,12 +56,14 @@ class Stage:
     def __init__(
         self,
         sites: Mapping[Site, LowRankMatrix | Vector],
-        layout: NoiseBlock,
+        drawing: LowRankDirections,
         blocks: int,
         directions: int,
         dtype: torch.dtype,
     ) -> None:
+        layout = drawing.factors
         device = layout.device
+        self._drawing = drawing
         self._states = list(sites.values())
         self._pattern: list[tuple[int | None, int, float]] = []
         self._mix = Mixture(
@@ -67,6 +71,7 @@ class Stage:
             torch.zeros(blocks, dtype=torch.int64, device=device),
             torch.zeros(blocks, 1, device=device),
         )
+        self._streams = torch.zeros(directions, 2, len(layout.shapes), dtype=torch.int64, device=device)
         self._directions = torch.zeros(max(1, directions), layout.size, device=device)
         self._shift = torch.zeros(blocks, layout.size, device=device)
         places = dict(zip(self._states, layout.views(torch.arange(layout.size)), strict=True))
@@ -102,25 +107,35 @@ class Stage:
             else:
                 state.shown = view
 
-    def show(
-        self, update: Tensor, probes: Sequence[Probe], keys: Sequence[DirectionKey], drawn: Sequence[Tensor]
-    ) -> None:
-        """Show the blocks this step's probes.
+    def take(self, probes: Sequence[Probe], keys: Sequence[DirectionKey]) -> dict[DirectionKey, Tensor]:
+        """Take this step's probes, which `show` then shows.
 
         Args:
-            update: B of all sites, flat.
             probes: One per block.
             keys: Of their directions.
-            drawn: The directions of all sites, flat each.
+
+        Returns:
+            Where each direction will be, flat.
         """
         order: dict[DirectionKey | None, int] = {key: index for index, key in enumerate(keys)}
         pattern = [(order.get(probe.key), probe.sign, probe.eps) for probe in probes]
         if pattern != self._pattern:
             # Almost every step mixes its directions as the one before did.
-            self._mix.copy_(Mixture.of(probes, keys, update.device))
+            self._mix.copy_(Mixture.of(probes, keys, self._shift.device))
             self._pattern = pattern
-        if drawn:
-            torch.stack(list(drawn), out=self._directions)
+        if keys:
+            into(self._streams, torch.stack([self._drawing.streams(key) for key in keys]))
+        return dict(zip(keys, self._directions, strict=False))
+
+    def show(self, update: Tensor, window: int) -> None:
+        """Let the blocks see the probes that were taken, in operations on the device alone.
+
+        Args:
+            update: B of all sites, flat.
+            window: The current one.
+        """
+        for given, direction in zip(self._streams, self._directions, strict=False):
+            direction.copy_(self._drawing.drawn(given, window))
         torch.index_select(self._directions, 0, self._mix.picked, out=self._shift).mul_(self._mix.amounts)
         if self._matrix_order is not None:
             dtype = self._factors.dtype
