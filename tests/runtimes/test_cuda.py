@@ -10,7 +10,7 @@ from zotune.layout import Site
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import Probe
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.folding import StochasticFold
+from zotune.runtimes.folding import Move, StochasticFold
 from zotune.testing import conformance, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -79,8 +79,8 @@ def test_a_fold_has_the_bits_of_a_cpu(shape: tuple[int, ...], dtype: torch.dtype
     generator = torch.Generator().manual_seed(0)
     weight, change = torch.randn(shape, generator=generator).to(dtype), torch.randn(shape, generator=generator) / 50
     moved, site = weight.cuda(), Site("w", shape)
-    StochasticFold(3).add(site, weight, change.__getitem__, 1.0, 12)
-    StochasticFold(3).add(site, moved, change.cuda().__getitem__, 1.0, 12)
+    StochasticFold(3).add(Move(site, weight, change.__getitem__), 12)
+    StochasticFold(3).add(Move(site, moved, change.cuda().__getitem__), 12)
     assert torch.equal(moved.cpu(), weight)
 
 

@@ -8,7 +8,7 @@ from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.optimizer import Method, Optimizer
 from zotune.runtimes.dense import DenseSpace
-from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
+from zotune.runtimes.folding import Fold, MasterFold, Move, StochasticFold
 from zotune.runtimes.lowrank import LowRankSpace
 from zotune.runtimes.rounding import stochastic_round
 from zotune.testing import oracle
@@ -67,7 +67,7 @@ def test_the_key_decides_how_it_rounds(dtype: torch.dtype) -> None:
 
     def folded(seed: int = 0, step: int = 9, name: str = "w", weight: Tensor = start) -> Tensor:
         weight = weight.clone(memory_format=torch.preserve_format)
-        StochasticFold(seed).add(Site(name, site.shape), weight, change.__getitem__, 1.0, step)
+        StochasticFold(seed).add(Move(Site(name, site.shape), weight, change.__getitem__), step)
         return weight
 
     assert torch.equal(folded(), folded())
@@ -88,14 +88,15 @@ def test_a_large_float32_weight_is_kept_and_changed_row_by_row(make: Callable[[T
         assert (rows.stop - rows.start) * 600_000 <= 1 << 20, "the float32 temporaries are not bounded"
         return change[rows]
 
-    make(weight).add(Site("w", (5, 600_000)), weight, some, 0.9, 0)
+    make(weight).add(Move(Site("w", (5, 600_000)), weight, some, 0.9), 0)
     assert seen == [0, 1, 2, 3, 4]
     torch.testing.assert_close(weight, expected)
 
 
 def test_a_large_weight_rounds_every_chunk_with_its_own_noise() -> None:
     weight = torch.ones(4, 1 << 19, dtype=torch.bfloat16)
-    StochasticFold(0).add(Site("w", (4, 1 << 19)), weight, torch.full(weight.shape, 1 / 256).__getitem__, 1.0, 0)
+    change = torch.full(weight.shape, 1 / 256)
+    StochasticFold(0).add(Move(Site("w", (4, 1 << 19)), weight, change.__getitem__), 0)
     up = weight > 1
     assert (up.float().mean(1) - 0.5).abs().max() < 0.005
     agree = torch.stack([(up[a] == up[b]).float().mean() for a in range(4) for b in range(a)])
@@ -105,12 +106,12 @@ def test_a_large_weight_rounds_every_chunk_with_its_own_noise() -> None:
 def test_the_master_copy_comes_back_from_its_state() -> None:
     weight = torch.ones(3, dtype=torch.bfloat16)
     fold, change = MasterFold({"w": weight}), torch.full((3,), 2.0**-10)
-    fold.add(Site("w", (3,)), weight, change.__getitem__, 1.0, 0)
+    fold.add(Move(Site("w", (3,)), weight, change.__getitem__), 0)
     assert torch.equal(weight, torch.ones(3, dtype=torch.bfloat16))
     fresh = MasterFold({"w": weight})
     fresh.load_state({name: tensor.clone() for name, tensor in fold.state().items()})
     for step in range(1, 8):
-        fresh.add(Site("w", (3,)), weight, change.__getitem__, 1.0, step)
+        fresh.add(Move(Site("w", (3,)), weight, change.__getitem__), step)
     assert torch.equal(weight, torch.full((3,), 1 + 2.0**-7, dtype=torch.bfloat16))
     assert StochasticFold(0).state() == {}
 
@@ -162,7 +163,7 @@ def test_updates_below_half_an_ulp_survive(method: Method, fold: str) -> None:
 def test_the_bits_that_round_are_those_of_the_key() -> None:
     weight = torch.ones(6, 7, dtype=torch.bfloat16)
     change = torch.linspace(0, 1 / 64, 42).view(6, 7)
-    StochasticFold(3).add(Site("w", (6, 7)), weight, change.__getitem__, 0.5, 12)
+    StochasticFold(3).add(Move(Site("w", (6, 7)), weight, change.__getitem__, 0.5), 12)
     block = NoiseBlock(["w[0]"], [(6, 7)], "bits16")
     bits = block.views(block.draw("fold/3/12"))[0]
     assert torch.equal(weight, stochastic_round(0.5 + change, torch.bfloat16, bits))

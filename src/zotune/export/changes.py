@@ -9,9 +9,8 @@ from two QR decompositions and a small matrix:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Update
 from zotune.runtimes.dense import DenseSpace
-from zotune.runtimes.folding import Fold
+from zotune.runtimes.folding import Fold, Move
 from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
 
 
@@ -135,20 +134,20 @@ class Spectrum:
         return left.float(), right.float()
 
 
-class Collector:
-    """Stands where a fold stands: keeps what would go into the weights, and leaves the weights alone."""
+class Collector(Fold):
+    """Keeps what would go into the weights, and leaves the weights alone."""
 
     def __init__(self, space: LowRankSpace | DenseSpace) -> None:
         self._space = space
         self.changes = {site: Change(site.shape, space.device) for site in space.sites}
 
-    def add(self, site: Site, weight: Tensor, change: Callable[[slice], Tensor], keep: float, step: int) -> None:
-        """Take what `zotune.runtimes.folding.StochasticFold.add` would add into ``weight``."""
-        state = self._space.sites[site]
+    def add(self, move: Move, step: int) -> None:
+        """Take what would move the weight."""
+        state = self._space.sites[move.site]
         if isinstance(state, LowRankMatrix):
-            self.changes[site].add_product(state.update, state.v, keep)
+            self.changes[move.site].add_product(state.update, state.v, move.keep)
         else:
-            self.changes[site].add(change(slice(None)), keep)
+            self.changes[move.site].add(move.change(slice(None)), move.keep)
 
 
 @torch.inference_mode()
@@ -167,10 +166,10 @@ def collect(weights: Mapping[Site, Tensor], method: Method, seed: int, updates: 
     collector = Collector(space)
     step = 0
     for update in updates:
-        space.apply(update, weights, cast(Fold, collector))
+        space.apply(update, weights, collector)
         step = update.step
     if isinstance(space, LowRankSpace):
         # The last window is seldom over when the run is.
         for site, state in space.sites.items():
-            collector.add(site, weights[site], state.change, state.keep, step)
+            collector.add(Move(site, weights[site], state.change, state.keep), step)
     return collector.changes

@@ -17,7 +17,7 @@ from zotune.directions import DenseDirections
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
-from zotune.runtimes.folding import Fold
+from zotune.runtimes.folding import Fold, Move
 from zotune.runtimes.mixture import Lookup, Mixture, Vector
 from zotune.updates import combine
 
@@ -108,13 +108,16 @@ class DenseSpace:
     def apply(self, update: Update, weights: Mapping[Site, Tensor], fold: Fold) -> None:
         """``W <- (1 - lr * decay) W - lr * sum_i c_i z_i``, site by site."""
         if update.terms:
-            for site in self.sites:
-                keep = 1 - update.lr * self.method.weight_decay if site.decays else 1.0
-                if keep == 1.0 and not site.moves(update.window):
-                    continue
-                terms = [(self._draw(key, site)(), -update.lr * coefficient) for key, coefficient in update.terms]
-                fold.add(site, weights[site], combine(terms).__getitem__, keep, update.step)
+            fold.add_all(self._moves(update, weights), update.step)
         self.window = update.window + 1
+
+    def _moves(self, update: Update, weights: Mapping[Site, Tensor]) -> Iterator[Move]:
+        for site in self.sites:
+            keep = 1 - update.lr * self.method.weight_decay if site.decays else 1.0
+            if keep == 1.0 and not site.moves(update.window):
+                continue
+            terms = [(self._draw(key, site)(), -update.lr * coefficient) for key, coefficient in update.terms]
+            yield Move(site, weights[site], combine(terms).__getitem__, keep)
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: all that moved is in the weights."""

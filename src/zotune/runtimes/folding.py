@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,33 +21,88 @@ Change = Callable[[slice], Tensor]
 _CHUNK = 1 << 19
 
 
-class StochasticFold:
+@dataclass(frozen=True)
+class Move:
+    """How a site's weight moves: ``weight <- keep * weight + change``.
+
+    Attributes:
+        site: Whose weight it is.
+        weight: Of the site's shape, in the model's dtype.
+        change: The float32 change of some rows.
+        keep: What weight decay leaves of the weight.
+    """
+
+    site: Site
+    weight: Tensor
+    change: Change
+    keep: float = 1.0
+
+
+class Fold(ABC):
+    """Where accumulated updates go at the end of a window."""
+
+    @abstractmethod
+    def add(self, move: Move, step: int) -> None:
+        """Move one site's weight, in place.
+
+        Args:
+            move: How.
+            step: The step that folds, which keys the rounding.
+        """
+
+    def add_all(self, moves: Iterable[Move], step: int) -> None:
+        """Move the weights of all sites that move together."""
+        for move in moves:
+            self.add(move, step)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint must keep: none, unless a fold says so."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have none
+        """Restore what `state` gave."""
+
+
+class StochasticFold(Fold):
     """Rounds up or down with probabilities that make the result right on average, with keyed noise.
 
     The same key rounds the same way, so a replay gives the same bits. Float32 weights are simply added to.
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed, self._fused = seed, FusedFold()
+        self.seed, self._fused = seed, FusedFold(_rows)
 
-    def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
-        """``weight <- keep * weight + change``, in place.
+    def add(self, move: Move, step: int) -> None:
+        """See `Fold.add`."""
+        weight, key = move.weight, self._key(step)
+        if _on_gpu(weight) and weight.dim() > 1:
+            self._fused.matrix(move.site.name, weight, move.change, move.keep, key)
+        elif _on_gpu(weight):
+            self._fused.vectors([move.site.name], [weight], [move.change], move.keep, key)
+        else:
+            self._add_by_chunks(move, key)
 
-        Args:
-            site: Whose weight it is.
-            weight: Of the site's shape, in the model's dtype.
-            change: The float32 change of some rows.
-            keep: What weight decay leaves of the weight.
-            step: The step that folds, which keys the rounding.
-        """
-        key = f"fold/{self.seed}/{step}"
-        if weight.device.type == "cuda" and weight.dtype != torch.float32:
-            self._fused.add(site.name, weight, change, keep, key, _chunks(weight))
-            return
+    def _add_by_chunks(self, move: Move, key: str) -> None:
+        weight = move.weight
         for rows in _chunks(weight):
             part = weight[rows]
-            total = part.float().mul_(keep).add_(change(rows))
-            part.copy_(self._round(total, part.dtype, f"{site.name}[{rows.start}]", key))
+            total = part.float().mul_(move.keep).add_(move.change(rows))
+            part.copy_(self._round(total, part.dtype, f"{move.site.name}[{rows.start}]", key))
+
+    def add_all(self, moves: Iterable[Move], step: int) -> None:
+        """See `Fold.add_all`; a GPU folds vectors all at once."""
+        vectors = defaultdict(list)
+        for move in moves:
+            if _on_gpu(move.weight) and move.weight.dim() == 1:
+                vectors[move.weight.device, move.weight.dtype, move.keep].append(move)
+            else:
+                self.add(move, step)
+        for (_, _, keep), alike in vectors.items():
+            names, weights, changes = zip(*((move.site.name, move.weight, move.change) for move in alike), strict=True)
+            self._fused.vectors(names, weights, changes, keep, self._key(step))
+
+    def _key(self, step: int) -> str:
+        return f"fold/{self.seed}/{step}"
 
     def _round(self, total: Tensor, dtype: torch.dtype, name: str, key: str) -> Tensor:
         if dtype == torch.float32:
@@ -53,58 +110,43 @@ class StochasticFold:
         block = NoiseBlock([name], [tuple(total.shape)], "bits16", total.device)
         return stochastic_round(total, dtype, block.views(block.draw(key))[0])
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint must keep: none."""
-        return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing to restore."""
-
-
-class MasterFold:
+class MasterFold(Fold):
     """Keeps a float32 copy of every tuned weight on the host and rounds it to nearest into the model."""
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.master = {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in weights.items()}
 
-    def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
-        """``weight <- keep * weight + change`` in the copy, then rounded into ``weight``; see `StochasticFold.add`."""
-        master = self.master[site.name]
-        for rows in _chunks(weight):
-            master[rows].mul_(keep).add_(change(rows).to("cpu"))
-            weight[rows].copy_(master[rows])
+    def add(self, move: Move, step: int) -> None:
+        """Move the copy, then round it into the weight; see `Fold.add`."""
+        master = self.master[move.site.name]
+        for rows in _chunks(move.weight):
+            master[rows].mul_(move.keep).add_(move.change(rows).to("cpu"))
+            move.weight[rows].copy_(master[rows])
 
     def state(self) -> dict[str, Tensor]:
         """The float32 copies."""
         return {f"master/{name}": tensor for name, tensor in self.master.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore the float32 copies."""
         for name, tensor in self.master.items():
             tensor.copy_(state[f"master/{name}"])
 
 
-class Fold(Protocol):
-    """What every fold offers; see `StochasticFold`."""
-
-    def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
-        """``weight <- keep * weight + change``."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint must keep."""
-        ...
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` gave."""
-        ...
+def _on_gpu(weight: Tensor) -> bool:
+    return weight.device.type == "cuda" and weight.dtype != torch.float32
 
 
-def _chunks(weight: Tensor) -> Iterator[slice]:
-    """Ranges of rows of about half a million elements.
+def _rows(weight: Tensor) -> int:
+    """Rows of about half a million elements, which have a stream of noise of their own.
 
     Temporaries of that size are recycled by the allocator; larger ones go back to the system and fault in anew.
     """
-    rows = max(1, _CHUNK * len(weight) // max(1, weight.numel()))
+    return max(1, _CHUNK * len(weight) // max(1, weight.numel()))
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    rows = _rows(weight)
     for start in range(0, len(weight), rows):
         yield slice(start, min(start + rows, len(weight)))

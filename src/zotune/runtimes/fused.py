@@ -7,7 +7,7 @@ a weight once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,89 +22,117 @@ from zotune.transfer import onto
 _LARGEST = 1 << 26
 """Elements of a kernel; their change exists in float32 for a moment."""
 
+Change = Callable[[slice], Tensor]
+
 
 @dataclass(frozen=True)
-class _Site:
-    """Where the noise of a site's elements comes from.
+class _Noise:
+    """Where the noise of a matrix's rows, or of the elements of vectors side by side, comes from.
 
     Attributes:
-        names: Hashes of the names of its streams, one per chunk of rows.
-        chunk: The stream of each row, int64 ``(rows, 1)``.
-        before: Elements of the stream before each row, int64 ``(rows, 1)``.
-        step: Rows of a kernel.
+        names: Hashes of the names of the streams.
+        stream: Of each row or element, int64 ``(rows, 1)`` or ``(1, elements)``.
+        before: Of the same shape: add an element's column to it, and you have its place in the stream.
     """
 
     names: np.ndarray
-    chunk: Tensor
+    stream: Tensor
     before: Tensor
-    step: int
 
 
 class FusedFold:
-    """Folds sites in 16 bits, with what does not change from fold to fold kept."""
+    """Folds sites in 16 bits, with what does not change from fold to fold kept.
 
-    def __init__(self) -> None:
-        self._sites: dict[str, _Site] = {}
-        self._streams: dict[str, Tensor] = {}
+    Args:
+        rows: How many rows of a weight share a stream of noise.
+    """
+
+    def __init__(self, rows: Callable[[Tensor], int]) -> None:
+        self._rows = rows
+        self._noise: dict[tuple[str, ...], _Noise] = {}
+        self._streams: dict[tuple[str, ...], Tensor] = {}
         self._key = ""
 
-    def add(
-        self,
-        name: str,
-        weight: Tensor,
-        change: Callable[[slice], Tensor],
-        keep: float,
-        key: str,
-        chunks: Iterable[slice],
-    ) -> None:
+    def matrix(self, name: str, weight: Tensor, change: Change, keep: float, key: str) -> None:
         """``weight <- keep * weight + change``, in place.
 
         Args:
             name: Of the site.
-            weight: In 16 bits, of one or two dimensions.
+            weight: In 16 bits.
             change: The float32 change of some rows.
             keep: What weight decay leaves of the weight.
             key: Of the noise.
-            chunks: Rows with a stream of noise of their own, ascending, all but the last equally many; looked at the
-                first time that a site is folded.
         """
+        alike = self._rows(weight)
+        noise, given = self._of((name,), key, lambda: _of_matrix(name, weight, alike))
+        step = alike * max(1, _LARGEST // (alike * weight.shape[1]))
+        for first in range(0, len(weight), step):
+            rows = slice(first, first + step)
+            _kernel()(weight[rows], change(rows), keep, *given, noise.stream[rows], noise.before[rows])
+
+    def vectors(
+        self, names: Sequence[str], weights: Sequence[Tensor], changes: Sequence[Change], keep: float, key: str
+    ) -> None:
+        """The same for vectors, all of them at once: one by one they take longer to launch than to fold.
+
+        Args:
+            names: Of the sites.
+            weights: In the same 16 bits, on the same device.
+            changes: Of each.
+            keep: Of all of them.
+            key: Of the noise.
+        """
+        noise, given = self._of(tuple(names), key, lambda: _of_vectors(names, weights, self._rows))
+        flat = torch.cat(list(weights)).unsqueeze(0)
+        change = torch.cat([each(slice(None)) for each in changes]).unsqueeze(0)
+        _kernel()(flat, change, keep, *given, noise.stream, noise.before)
+        torch._foreach_copy_(list(weights), list(flat[0].split([len(weight) for weight in weights])))
+
+    def _of(self, names: tuple[str, ...], key: str, noise: Callable[[], _Noise]) -> tuple[_Noise, Tensor]:
+        """The noise of sites that are folded together, and starts and gammas of its streams, int64 ``(2, streams)``."""
         if key != self._key:
             self._key = key
-            self._draw(self._sites)
-        if name not in self._sites:
-            self._sites[name] = _site(name, weight, list(chunks))
-            self._draw([name])
-        site, (starts, gammas) = self._sites[name], self._streams[name]
-        for first in range(0, len(weight), site.step):
-            rows = slice(first, first + site.step)
-            part, moved = weight[rows], change(rows)
-            if weight.dim() == 1:
-                part, moved, rows = part.unsqueeze(0), moved.unsqueeze(0), slice(1)
-            _kernel()(part, moved, keep, starts, gammas, site.chunk[rows], site.before[rows])
+            self._draw(self._noise)
+        if names not in self._noise:
+            self._noise[names] = noise()
+            self._draw([names])
+        return self._noise[names], self._streams[names]
 
-    def _draw(self, sites: Collection[str]) -> None:
-        """Make starts and gammas of sites' streams, int64 ``(2, chunks)`` each, all of them together."""
-        if not sites:
+    def _draw(self, known: Collection[tuple[str, ...]]) -> None:
+        """Make the starts and gammas of all of these together."""
+        if not known:
             return
-        names = [self._sites[site].names for site in sites]
-        device = self._sites[next(iter(sites))].chunk.device
+        names = [self._noise[each].names for each in known]
+        device = self._noise[next(iter(known))].stream.device
         made = onto(torch.stack(streams(np.concatenate(names), self._key)), device)
-        self._streams |= zip(sites, made.split([len(each) for each in names], dim=1), strict=True)
+        self._streams |= zip(known, made.split([len(each) for each in names], dim=1), strict=True)
 
 
-def _site(name: str, weight: Tensor, chunks: Sequence[slice]) -> _Site:
-    per_chunk, vector = chunks[0].stop, weight.dim() == 1
-    rows = torch.arange(1 if vector else len(weight), device=weight.device).unsqueeze(1)
-    names = hashes([f"{name}[{chunk.start}]" for chunk in chunks])
-    if vector:
-        return _Site(names, rows, rows, len(weight))
-    width = weight.shape[1]
-    step = per_chunk * max(1, _LARGEST // (per_chunk * width))
-    return _Site(names, rows // per_chunk, rows % per_chunk * width, step)
+def _of_matrix(name: str, weight: Tensor, alike: int) -> _Noise:
+    rows = torch.arange(len(weight), device=weight.device).unsqueeze(1)
+    return _Noise(_hashed(name, weight, alike), rows // alike, rows % alike * weight.shape[1])
+
+
+def _of_vectors(names: Sequence[str], weights: Sequence[Tensor], rows: Callable[[Tensor], int]) -> _Noise:
+    hashed: list[np.ndarray] = []
+    chosen: list[Tensor] = []
+    places: list[Tensor] = []
+    for name, weight in zip(names, weights, strict=True):
+        at, alike = torch.arange(len(weight)), rows(weight)
+        chosen.append(at // alike + sum(len(each) for each in hashed))
+        places.append(at % alike)
+        hashed.append(_hashed(name, weight, alike))
+    before = torch.cat(places) - torch.arange(sum(len(each) for each in places))
+    stream, before = (each.unsqueeze(0).to(weights[0].device) for each in (torch.cat(chosen), before))
+    return _Noise(np.concatenate(hashed), stream, before)
+
+
+def _hashed(name: str, weight: Tensor, alike: int) -> np.ndarray:
+    return hashes([f"{name}[{start}]" for start in range(0, len(weight), alike)])
 
 
 def fold_rows(
-    part: Tensor, change: Tensor, keep: float, starts: Tensor, gammas: Tensor, chunk: Tensor, before: Tensor
+    part: Tensor, change: Tensor, keep: float, starts: Tensor, gammas: Tensor, stream: Tensor, before: Tensor
 ) -> None:
     """Fold some rows, in place.
 
@@ -112,13 +140,13 @@ def fold_rows(
         part: ``(rows, width)``, in 16 bits.
         change: Of the same shape, float32.
         keep: What weight decay leaves.
-        starts: Of the site's streams, int64; ``gammas`` likewise, see `zotune.noise.streams`.
+        starts: Of the streams, int64; ``gammas`` likewise, see `zotune.noise.streams`.
         gammas: See ``starts``.
-        chunk: The stream of each row, int64 ``(rows, 1)``.
-        before: Elements of the stream before each row, int64 ``(rows, 1)``.
+        stream: Of each row or element, int64 ``(rows, 1)`` or ``(rows, width)``.
+        before: Of the same shape: with an element's column, its place in the stream.
     """
     at = before + torch.arange(part.shape[1], device=part.device)
-    bits = bits16_at(starts[chunk], gammas[chunk], at)
+    bits = bits16_at(starts[stream], gammas[stream], at)
     part.copy_(stochastic_round(part.float() * keep + change, part.dtype, bits))
 
 

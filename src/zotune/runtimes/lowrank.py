@@ -26,7 +26,7 @@ from zotune.directions import LowRankDirections
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
-from zotune.runtimes.folding import Fold
+from zotune.runtimes.folding import Fold, Move
 from zotune.runtimes.mixture import Lookup, Vector
 from zotune.runtimes.stage import MatrixView, Stage
 from zotune.updates import Momentum, Rule, Sgd, combine
@@ -222,8 +222,8 @@ class LowRankSpace:
             self.rule.step(self.factors, gradient, update.lr)
         self._drawn = {}
         if update.closes_window:
-            for site, state in self.sites.items():
-                fold.add(site, weights[site], state.change, state.keep, update.step)
+            moves = (Move(site, weights[site], state.change, state.keep) for site, state in self.sites.items())
+            fold.add_all(moves, update.step)
             self.rule.turn(self.directions, self.window)
             self.open_window(self.window + 1)
 

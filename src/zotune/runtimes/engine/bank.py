@@ -27,7 +27,7 @@ from zotune.layout import Site
 from zotune.protocol import Update
 from zotune.runtimes.engine.tokenwise import TokenSpace, Tuned, TunedVector
 from zotune.runtimes.engine.weights import Weights
-from zotune.runtimes.folding import Change
+from zotune.runtimes.folding import Change, Fold, Move
 from zotune.runtimes.lowrank import LowRankMatrix
 from zotune.runtimes.mixture import Vector
 
@@ -113,8 +113,8 @@ def truncated(b: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
     return qb @ (left[:, :rank] * root), qv @ (right[:rank].T * root), norms[0], norms[1]
 
 
-class Bank:
-    """The finished windows of all sites.
+class Bank(Fold):
+    """The finished windows of all sites: where a window's update goes instead of into the weights.
 
     Args:
         space: Whose windows; its modules show the bank from now on.
@@ -155,10 +155,11 @@ class Bank:
         if any(site not in self.fixed and stack.used < before[site] for site, stack in self.stacks.items()):
             self._weights().repack()
 
-    def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
-        """Stands where a fold does: takes the window's factors from the space instead of their product."""
+    def add(self, move: Move, step: int) -> None:
+        """Take the window's factors from the space instead of their product."""
+        site = move.site
         stack = self.stacks[site]
-        stack.push(self.space.sites[site], keep)
+        stack.push(self.space.sites[site], move.keep)
         if not stack.is_full(self.rank):
             return
         if site in self.fixed:
@@ -166,7 +167,7 @@ class Bank:
         else:
             weights = self._weights()
             view = weights.views[site]
-            weights.fold.add(site, view, stack.change(view.device), stack.keep, step)
+            weights.fold.add(Move(site, view, stack.change(view.device), stack.keep), step)
             stack.clear()
 
     def show(self, modules: Sequence[Tuned]) -> None:

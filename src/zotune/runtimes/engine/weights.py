@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from zotune.layout import Site
 from zotune.protocol import Update
 from zotune.runtimes.engine.layers import Place
 from zotune.runtimes.engine.tokenwise import Part, TokenSpace
-from zotune.runtimes.folding import Change, MasterFold, StochasticFold
+from zotune.runtimes.folding import Fold, MasterFold, Move, StochasticFold
 
 
 class Weights:
@@ -83,31 +84,40 @@ class Weights:
         return next((part for site, part in self.parts.items() if site.name == wanted), None)
 
 
-class ShardFold:
+class ShardFold(Fold):
     """A fold of shards that gives the bits which the fold of the whole weight would give."""
 
     def __init__(self, fold: StochasticFold | MasterFold, parts: Mapping[Site, Part]) -> None:
         self._fold, self._parts = fold, parts
 
-    def add(self, site: Site, weight: Tensor, change: Change, keep: float, step: int) -> None:
-        """As `zotune.runtimes.folding.StochasticFold.add`, for the part of the site that ``weight`` is."""
-        part = self._parts[site]
-        if tuple(weight.shape) == site.shape and isinstance(part.rows, slice):
-            self._fold.add(site, weight, change, keep, step)
+    def add(self, move: Move, step: int) -> None:
+        """See `Fold.add`; for the part of the site that the weight is."""
+        site, weight, part = move.site, move.weight, self._parts[move.site]
+        if self._is_whole(move):
+            self._fold.add(move, step)
         elif isinstance(self._fold, MasterFold):
-            self._fold.add(site, weight, shard(change(slice(None)), part).__getitem__, keep, step)
+            self._fold.add(replace(move, change=shard(move.change(slice(None)), part).__getitem__), step)
         else:
             # The noise is that of the whole weight: a shard cannot draw its own rows and columns of it alone.
             whole = torch.zeros(site.shape, dtype=weight.dtype, device=weight.device)
             place_shard(whole, part, weight)
-            self._fold.add(site, whole, change, keep, step)
+            self._fold.add(replace(move, weight=whole), step)
             weight.copy_(shard(whole, part))
+
+    def add_all(self, moves: Iterable[Move], step: int) -> None:
+        """See `Fold.add_all`."""
+        moves = list(moves)
+        self._fold.add_all([move for move in moves if self._is_whole(move)], step)
+        super().add_all([move for move in moves if not self._is_whole(move)], step)
+
+    def _is_whole(self, move: Move) -> bool:
+        return tuple(move.weight.shape) == move.site.shape and isinstance(self._parts[move.site].rows, slice)
 
     def state(self) -> dict[str, Tensor]:
         """Of the fold inside."""
         return self._fold.state()
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Into the fold inside."""
         self._fold.load_state(state)
 

@@ -15,7 +15,7 @@ so a window that has ended stays a part of the adapter, whose rank grows by ``ra
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -33,7 +33,7 @@ from zotune.protocol import Probe, Update
 from zotune.rows import Row
 from zotune.runtimes.engine import launch, worker_settings
 from zotune.runtimes.engine.slots import RANKS
-from zotune.runtimes.folding import Fold
+from zotune.runtimes.folding import Fold, Move
 from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
 from zotune.runtimes.modules import find_sites
 from zotune.testing.baselines.lora_slots import log_likelihoods, scoring, sequences
@@ -157,22 +157,22 @@ class PublicApi:
 
     def apply(self, update: Update) -> None:
         """Move B by the update; what a window that ends has learnt stays in the adapter."""
-        self._space.apply(update, self._weights, cast("Fold", self._ended))
+        self._space.apply(update, self._weights, self._ended)
 
     def close(self) -> None:
         """Shut the engine down."""
         launch.stop(self.llm)
 
 
-class _Ended:
-    """Stands where a fold stands: keeps the factors of the windows that have ended."""
+class _Ended(Fold):
+    """Keeps the factors of the windows that have ended."""
 
     def __init__(self, matrices: dict[Site, LowRankMatrix]) -> None:
         self._matrices = matrices
         self.updates: dict[Site, list[Tensor]] = {site: [] for site in matrices}
         self.bases: dict[Site, list[Tensor]] = {site: [] for site in matrices}
 
-    def add(self, site: Site, weight: Tensor, change: Callable[[slice], Tensor], keep: float, step: int) -> None:
-        """Take what `zotune.runtimes.folding.StochasticFold.add` would add into ``weight``."""
-        self.updates[site].append(self._matrices[site].update.clone())
-        self.bases[site].append(self._matrices[site].v)
+    def add(self, move: Move, step: int) -> None:
+        """Take the factors of what would move the weight."""
+        self.updates[move.site].append(self._matrices[move.site].update.clone())
+        self.bases[move.site].append(self._matrices[move.site].v)
