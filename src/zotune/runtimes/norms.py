@@ -1,6 +1,7 @@
-"""Normalisations whose formula is known, so that on a GPU a compiler can make one kernel of each.
+"""Normalisations whose formula is found by trying it, whatever a model calls them.
 
-A norm that is of no such kind is called as it is (`zotune.runtimes.modules.TunedNorm`), which is several kernels.
+On a GPU a compiler makes one kernel of each; a norm that is of no such kind is called as it is
+(`zotune.runtimes.modules.TunedNorm`), which is several kernels. An engine's norms are replaced by their formula.
 """
 
 from __future__ import annotations
@@ -29,6 +30,19 @@ class Formula:
     eps: float
     offset: float
 
+    @classmethod
+    def fitting(cls, eps: float, fits: Callable[[Formula], bool]) -> Formula | None:
+        """The first formula that fits; None where none does."""
+        formulas = (cls(centred, eps, offset) for centred, offset in product((False, True), (0.0, 1.0)))
+        return next(filter(fits, formulas), None)
+
+
+def normalised(x: Tensor, centred: bool, eps: float) -> Tensor:
+    """A float32 tensor with the mean square of its last axis at one; see `Formula`."""
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
 
 def formula(module: Any, twin: Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]) -> Formula | None:
     """The formula of a norm, found by trying it; None where none fits.
@@ -47,11 +61,12 @@ def formula(module: Any, twin: Callable[[Tensor, Tensor | None], Callable[[Tenso
     x = torch.linspace(-1, 2, 3 * len(stored), device=stored.device).sin().view(3, -1) * eps**0.5
     with torch.no_grad():
         expected = twin(tilt, bias)(x)
-        for centred, offset in product((False, True), (0.0, 1.0)):
-            y = shown(x, tilt, torch.zeros_like(tilt), bias, None, centred, eps, offset)
-            if torch.allclose(y, expected, atol=1e-4, rtol=1e-4):
-                return Formula(centred, eps, offset)
-    return None
+
+        def fits(tried: Formula) -> bool:
+            y = shown(x, tilt, torch.zeros_like(tilt), bias, None, tried.centred, eps, tried.offset)
+            return torch.allclose(y, expected, atol=1e-4, rtol=1e-4)
+
+        return Formula.fitting(eps, fits)
 
 
 def shown(
@@ -76,11 +91,7 @@ def shown(
         eps: See there.
         offset: See there.
     """
-    total = x.float()
-    if centred:
-        total = total - total.mean(-1, keepdim=True)
-    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-    y = normed * (gain_shift + gain + offset)
+    y = normalised(x.float(), centred, eps) * (gain_shift + gain + offset)
     if bias is not None:
         y = y + (bias if bias_shift is None else bias_shift + bias)
     return y.to(x.dtype)

@@ -7,7 +7,6 @@ quantised or replaced weight. Normalisations are plain tensor code, which a comp
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from zotune.errors import ModelError
 from zotune.runtimes.engine.tokenwise import Part, TokenMix, TunedMatrix, TunedTable, TunedVector
+from zotune.runtimes.norms import Formula, normalised
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,8 @@ class NormLayer(Layer):
         super().__init__(path, module)
         self._stored = module.weight.data
         self._stored_bias = getattr(module, "bias", None)
-        self._eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
         self._dtype = module.weight.dtype
-        self._kind, self._offset = self._tried(module.forward)
+        self._formula = self._tried(module.forward)
 
     def wrap(self) -> None:
         """Take the place of the module's forward."""
@@ -174,7 +173,7 @@ class NormLayer(Layer):
         total = x.float() if residual is None else x.float() + residual.float()
         gain, bias = self._gain(len(x)), self._bias(len(x))
         spread = (len(x),) + (1,) * (x.dim() - 2) + (-1,)
-        y = self._normed(self._kind, total) * gain.view(spread)
+        y = normalised(total, self._formula.centred, self._formula.eps) * gain.view(spread)
         if bias is not None:
             y = y + bias.view(spread)
         return y.to(x.dtype) if residual is None else (y.to(x.dtype), total.to(x.dtype))
@@ -182,9 +181,9 @@ class NormLayer(Layer):
     def _gain(self, tokens: int) -> Tensor:
         stored = self._stored.float()
         if not isinstance(self.weight, TunedVector):
-            return (stored + self._offset).expand(tokens, -1)
+            return (stored + self._formula.offset).expand(tokens, -1)
         kept = stored * self.weight.keep if self.weight.decays else stored
-        return kept + self._offset + self.weight.shift(tokens)
+        return kept + self._formula.offset + self.weight.shift(tokens)
 
     def _bias(self, tokens: int) -> Tensor | None:
         if self._stored_bias is None:
@@ -192,27 +191,27 @@ class NormLayer(Layer):
         stored = self._stored_bias.float()
         return stored.expand(tokens, -1) if self.bias is None else stored + self.bias.shift(tokens)
 
-    def _normed(self, kind: str, x: Tensor) -> Tensor:
-        if kind == "layer":
-            x = x - x.mean(-1, keepdim=True)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
-
-    def _tried(self, forward: Callable[[Tensor], Tensor]) -> tuple[str, float]:
+    def _tried(self, forward: Callable[[Tensor], Tensor]) -> Formula:
+        eps = float(getattr(self.module, "variance_epsilon", getattr(self.module, "eps", 0.0)))
         n, device = len(self._stored), self._stored.device
         x = torch.linspace(-1, 2, 3 * n, device=device).view(3, n).sin().to(self._dtype)
         with torch.no_grad():
             expected = forward(x.clone()).float()
             # Relative to what comes out, or all kinds would be alike where gains are small.
             tolerance = (2e-2 if self._dtype != torch.float32 else 1e-4) * min(1.0, float(expected.abs().max()))
-            for kind, offset in itertools.product(("rms", "layer"), (0.0, 1.0)):
-                y = self._normed(kind, x.float()) * (self._stored.float() + offset)
+
+            def fits(tried: Formula) -> bool:
+                y = normalised(x.float(), tried.centred, eps) * (self._stored.float() + tried.offset)
                 y = y if self._stored_bias is None else y + self._stored_bias.float()
-                if torch.allclose(y, expected, atol=tolerance, rtol=2e-2):
-                    return kind, offset
-        raise ModelError(
-            f"{self.path} ({type(self.module).__name__}) is no normalisation that zotune knows. "
-            "Set method.scope = 'linear' to tune the linear layers only."
-        )
+                return torch.allclose(y, expected, atol=tolerance, rtol=2e-2)
+
+            found = Formula.fitting(eps, fits)
+        if found is None:
+            raise ModelError(
+                f"{self.path} ({type(self.module).__name__}) is no normalisation that zotune knows. "
+                "Set method.scope = 'linear' to tune the linear layers only."
+            )
+        return found
 
 
 class Head:
