@@ -14,7 +14,7 @@ from zotune.testing.conformance import Case
 
 FAMILIES = ("opt", "llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3", "mistral")
 METHODS = [name for name, method in conformance.METHODS.items() if method.family == "low-rank"]
-QUICK = [("opt", "all"), ("qwen3", "all"), ("gemma3", "decay")]
+QUICK = [("opt", "all"), ("qwen3", "all"), ("gemma2", "all"), ("gemma3", "decay")]
 FEW = (conformance.check_probes, conformance.check_updates, conformance.check_generate)
 
 

@@ -128,7 +128,8 @@ def config(family: str, head_size: int = 8) -> PretrainedConfig:
     kind, values = known[family]
     if head_size != 8:
         wide = dict.fromkeys(("n_embd", "word_embed_proj_dim"), 4 * head_size) | {"head_dim": head_size}
-        wide |= {"hidden_size": 4 * head_size} if family == "opt" else {}
+        # Those whose heads are as wide as the model divided by their number, in vLLM at least.
+        wide |= {"hidden_size": 4 * head_size} if family in ("opt", "qwen2") else {}
         values = values | {key: value for key, value in wide.items() if key in values}
     make: Callable[..., PretrainedConfig] = CONFIG_MAPPING[kind]
     special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}

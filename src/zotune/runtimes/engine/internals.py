@@ -119,8 +119,10 @@ class Engine:
             ModelError: The model has none that is known.
         """
         text = self.model.get_language_model() if hasattr(self.model, "get_language_model") else self.model
-        module = getattr(text, "lm_head", None)
         processors = [each for each in text.modules() if isinstance(each, LogitsProcessor)]
+        module = getattr(text, "lm_head", None)
+        if module is None and processors:
+            module = _head_given_to(processors[0], text)
         if not isinstance(module, VocabParallelEmbedding) or len(processors) != 1:
             raise ModelError(f"vLLM's {type(self.model).__name__} has no output head that zotune knows")
         (processor,) = processors
@@ -364,6 +366,22 @@ def _schedule(new: Sequence[NewRequestData], finished: set[str], groups: int) ->
 
 def _take(numbers: Iterator[int], count: int) -> list[int]:
     return list(itertools.islice(numbers, count))
+
+
+def _head_given_to(processor: Any, model: Any) -> Any:
+    """What a model scores with, where that has no name of its own: Gemma 2 takes its embeddings."""
+    given: list[Any] = []
+
+    def take(head: Any, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        given.append(head)
+        return hidden
+
+    processor.forward = take
+    try:
+        model.compute_logits(torch.empty(0, 0))
+    finally:
+        del processor.forward
+    return next(iter(given), None)
 
 
 @contextmanager
