@@ -8,8 +8,9 @@ from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.optimizer import Method, Optimizer
 from zotune.runtimes.dense import DenseSpace
-from zotune.runtimes.folding import Fold, MasterFold, Move, StochasticFold
+from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
 from zotune.runtimes.lowrank import LowRankSpace
+from zotune.runtimes.move import Move
 from zotune.runtimes.rounding import stochastic_round
 from zotune.testing import oracle
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from zotune.layout import Site
 from zotune.noise import NoiseBlock, bits16_at, hashes, streams
 from zotune.runtimes import folding, fused
-from zotune.runtimes.folding import Move, StochasticFold
+from zotune.runtimes.folding import StochasticFold
+from zotune.runtimes.move import Move
 
 KEY = "fold/3/12"
 

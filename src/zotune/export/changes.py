@@ -19,8 +19,9 @@ from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Update
 from zotune.runtimes.dense import DenseSpace
-from zotune.runtimes.folding import Fold, Move
+from zotune.runtimes.folding import Fold
 from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
+from zotune.runtimes.move import Move
 
 
 class Change:

@@ -17,8 +17,9 @@ from zotune.directions import DenseDirections
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
-from zotune.runtimes.folding import Fold, Move
+from zotune.runtimes.folding import Fold
 from zotune.runtimes.mixture import Lookup, Mixture, Vector
+from zotune.runtimes.move import Move
 from zotune.updates import combine
 
 Draw = Callable[[], Tensor]

@@ -211,7 +211,7 @@ class EmbeddedRuntime:
             raise JournalError(f"the saved state does not fit this model and method: {odd[0]!r} differs")
         for site, weight in self._weights.items():
             weight.copy_(state[f"weight/{site.name}"])
-        self._fold.load_state(dict(state))
+        self._fold.load_state(state)
         self.space.load_state(dict(state), window)
 
     @torch.inference_mode()

@@ -4,38 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.runtimes.fused import FusedFold
+from zotune.runtimes.move import Move
 from zotune.runtimes.rounding import stochastic_round
 
-Change = Callable[[slice], Tensor]
-"""Gives the float32 change of a range of rows of a site."""
-
 _CHUNK = 1 << 19
-
-
-@dataclass(frozen=True)
-class Move:
-    """How a site's weight moves: ``weight <- keep * weight + change``.
-
-    Attributes:
-        site: Whose weight it is.
-        weight: Of the site's shape, in the model's dtype.
-        change: The float32 change of some rows.
-        keep: What weight decay leaves of the weight.
-    """
-
-    site: Site
-    weight: Tensor
-    change: Change
-    keep: float = 1.0
 
 
 class Fold(ABC):
@@ -74,13 +53,12 @@ class StochasticFold(Fold):
 
     def add(self, move: Move, step: int) -> None:
         """See `Fold.add`."""
-        weight, key = move.weight, self._key(step)
-        if _on_gpu(weight) and weight.dim() > 1:
-            self._fused.matrix(move.site.name, weight, move.change, move.keep, key)
-        elif _on_gpu(weight):
-            self._fused.vectors([move.site.name], [weight], [move.change], move.keep, key)
+        if not _on_gpu(move.weight):
+            self._add_by_chunks(move, self._key(step))
+        elif move.weight.dim() == 1:
+            self._fused.vectors([move], self._key(step))
         else:
-            self._add_by_chunks(move, key)
+            self._fused.matrix(move, self._key(step))
 
     def _add_by_chunks(self, move: Move, key: str) -> None:
         weight = move.weight
@@ -97,9 +75,8 @@ class StochasticFold(Fold):
                 vectors[move.weight.device, move.weight.dtype, move.keep].append(move)
             else:
                 self.add(move, step)
-        for (_, _, keep), alike in vectors.items():
-            names, weights, changes = zip(*((move.site.name, move.weight, move.change) for move in alike), strict=True)
-            self._fused.vectors(names, weights, changes, keep, self._key(step))
+        for alike in vectors.values():
+            self._fused.vectors(alike, self._key(step))
 
     def _key(self, step: int) -> str:
         return f"fold/{self.seed}/{step}"

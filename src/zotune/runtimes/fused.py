@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from zotune.noise import bits16_at, hashes, streams
+from zotune.runtimes.move import Move
 from zotune.runtimes.rounding import stochastic_round
 from zotune.transfer import onto
 
 _LARGEST = 1 << 26
 """Elements of a kernel; their change exists in float32 for a moment."""
-
-Change = Callable[[slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,40 +52,28 @@ class FusedFold:
         self._streams: dict[tuple[str, ...], Tensor] = {}
         self._key = ""
 
-    def matrix(self, name: str, weight: Tensor, change: Change, keep: float, key: str) -> None:
-        """``weight <- keep * weight + change``, in place.
-
-        Args:
-            name: Of the site.
-            weight: In 16 bits.
-            change: The float32 change of some rows.
-            keep: What weight decay leaves of the weight.
-            key: Of the noise.
-        """
-        alike = self._rows(weight)
-        noise, given = self._of((name,), key, lambda: _of_matrix(name, weight, alike))
+    def matrix(self, move: Move, key: str) -> None:
+        """Move a matrix in 16 bits, in place, with the noise of this key."""
+        weight, alike = move.weight, self._rows(move.weight)
+        noise, given = self._of((move.site.name,), key, lambda: _of_matrix(move, alike))
         step = alike * max(1, _LARGEST // (alike * weight.shape[1]))
         for first in range(0, len(weight), step):
             rows = slice(first, first + step)
-            _kernel()(weight[rows], change(rows), keep, *given, noise.stream[rows], noise.before[rows])
+            _kernel()(weight[rows], move.change(rows), move.keep, *given, noise.stream[rows], noise.before[rows])
 
-    def vectors(
-        self, names: Sequence[str], weights: Sequence[Tensor], changes: Sequence[Change], keep: float, key: str
-    ) -> None:
-        """The same for vectors, all of them at once: one by one they take longer to launch than to fold.
+    def vectors(self, moves: Sequence[Move], key: str) -> None:
+        """Move vectors at once: one by one they take longer to launch than to fold.
 
         Args:
-            names: Of the sites.
-            weights: In the same 16 bits, on the same device.
-            changes: Of each.
-            keep: Of all of them.
+            moves: In the same 16 bits, on the same device, all with the same ``keep``.
             key: Of the noise.
         """
-        noise, given = self._of(tuple(names), key, lambda: _of_vectors(names, weights, self._rows))
-        flat = torch.cat(list(weights)).unsqueeze(0)
-        change = torch.cat([each(slice(None)) for each in changes]).unsqueeze(0)
-        _kernel()(flat, change, keep, *given, noise.stream, noise.before)
-        torch._foreach_copy_(list(weights), list(flat[0].split([len(weight) for weight in weights])))
+        names, weights = tuple(move.site.name for move in moves), [move.weight for move in moves]
+        noise, given = self._of(names, key, lambda: _of_vectors(moves, self._rows))
+        flat = torch.cat(weights).unsqueeze(0)
+        change = torch.cat([move.change(slice(None)) for move in moves]).unsqueeze(0)
+        _kernel()(flat, change, moves[0].keep, *given, noise.stream, noise.before)
+        torch._foreach_copy_(weights, list(flat[0].split([len(weight) for weight in weights])))
 
     def _of(self, names: tuple[str, ...], key: str, noise: Callable[[], _Noise]) -> tuple[_Noise, Tensor]:
         """The noise of sites that are folded together, and starts and gammas of its streams, int64 ``(2, streams)``."""
@@ -108,27 +95,27 @@ class FusedFold:
         self._streams |= zip(known, made.split([len(each) for each in names], dim=1), strict=True)
 
 
-def _of_matrix(name: str, weight: Tensor, alike: int) -> _Noise:
-    rows = torch.arange(len(weight), device=weight.device).unsqueeze(1)
-    return _Noise(_hashed(name, weight, alike), rows // alike, rows % alike * weight.shape[1])
+def _of_matrix(move: Move, alike: int) -> _Noise:
+    rows = torch.arange(len(move.weight), device=move.weight.device).unsqueeze(1)
+    return _Noise(_hashed(move, alike), rows // alike, rows % alike * move.weight.shape[1])
 
 
-def _of_vectors(names: Sequence[str], weights: Sequence[Tensor], rows: Callable[[Tensor], int]) -> _Noise:
+def _of_vectors(moves: Sequence[Move], rows: Callable[[Tensor], int]) -> _Noise:
     hashed: list[np.ndarray] = []
     chosen: list[Tensor] = []
     places: list[Tensor] = []
-    for name, weight in zip(names, weights, strict=True):
-        at, alike = torch.arange(len(weight)), rows(weight)
+    for move in moves:
+        at, alike = torch.arange(len(move.weight)), rows(move.weight)
         chosen.append(at // alike + sum(len(each) for each in hashed))
         places.append(at % alike)
-        hashed.append(_hashed(name, weight, alike))
+        hashed.append(_hashed(move, alike))
     before = torch.cat(places) - torch.arange(sum(len(each) for each in places))
-    stream, before = (each.unsqueeze(0).to(weights[0].device) for each in (torch.cat(chosen), before))
+    stream, before = (each.unsqueeze(0).to(moves[0].weight.device) for each in (torch.cat(chosen), before))
     return _Noise(np.concatenate(hashed), stream, before)
 
 
-def _hashed(name: str, weight: Tensor, alike: int) -> np.ndarray:
-    return hashes([f"{name}[{start}]" for start in range(0, len(weight), alike)])
+def _hashed(move: Move, alike: int) -> np.ndarray:
+    return hashes([f"{move.site.name}[{start}]" for start in range(0, len(move.weight), alike)])
 
 
 def fold_rows(

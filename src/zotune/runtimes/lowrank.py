@@ -26,8 +26,9 @@ from zotune.directions import LowRankDirections
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
-from zotune.runtimes.folding import Fold, Move
+from zotune.runtimes.folding import Fold
 from zotune.runtimes.mixture import Lookup, Vector
+from zotune.runtimes.move import Move
 from zotune.runtimes.stage import MatrixView, Stage
 from zotune.updates import Momentum, Rule, Sgd, combine
 

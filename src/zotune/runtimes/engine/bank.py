@@ -27,9 +27,10 @@ from zotune.layout import Site
 from zotune.protocol import Update
 from zotune.runtimes.engine.tokenwise import TokenSpace, Tuned, TunedVector
 from zotune.runtimes.engine.weights import Weights
-from zotune.runtimes.folding import Change, Fold, Move
+from zotune.runtimes.folding import Fold
 from zotune.runtimes.lowrank import LowRankMatrix
 from zotune.runtimes.mixture import Vector
+from zotune.runtimes.move import Change, Move
 
 
 class Stack:

@@ -13,7 +13,8 @@ from zotune.layout import Site
 from zotune.protocol import Update
 from zotune.runtimes.engine.layers import Place
 from zotune.runtimes.engine.tokenwise import Part, TokenSpace
-from zotune.runtimes.folding import Fold, MasterFold, Move, StochasticFold
+from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
+from zotune.runtimes.move import Move
 
 
 class Weights:
