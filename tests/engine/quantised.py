@@ -79,7 +79,8 @@ def quantise(made: Any, kind: str, folder: Path) -> tuple[ModelConfig, Any]:
 
 
 def _round_input(rounded: Rounding, stored: Tensor, module: nn.Module, given: tuple[Tensor], y: Tensor) -> Tensor:
-    return y + (rounded(given[0]) - given[0]) @ stored.T
+    x = given[0].float()
+    return (y + (rounded(x) - x) @ stored.T).to(y.dtype)
 
 
 def _as_int8(x: Tensor) -> Tensor:

@@ -89,9 +89,9 @@ def a_run(configure: Configure, output: str = "run", **ray: Any) -> Iterator[Run
             yield Run(session, directory, journal)
 
 
-def assert_as_undisturbed(configure: Configure, run: Run) -> None:
-    """Journal and state are those of one replica that nothing happened to."""
-    with a_run(configure, output="undisturbed", replicas=1) as other:
+def assert_as_undisturbed(configure: Configure, run: Run, **ray: Any) -> None:
+    """Journal and state are those of one replica that nothing happened to, which splits a step as the run does."""
+    with a_run(configure, output="undisturbed", replicas=1, **ray) as other:
         other.take(len(run.journal.entries))
         assert run.directory.journal.read_bytes() == other.directory.journal.read_bytes()
         assert_same(run.session.runtime.state(), other.session.runtime.state())
@@ -188,7 +188,7 @@ def test_a_straggler_has_a_smaller_share_and_the_bits_stay(configure: Configure)
             timer.join()
         share = run.runtime.team.members[1].figures.share
         assert share <= 0.25, share
-        assert_as_undisturbed(configure, run)
+        assert_as_undisturbed(configure, run, split="sign")
 
 
 def _later(seconds: float, pid: int) -> Any:

@@ -8,7 +8,7 @@ kernel, which is called per row and head there; a soft cap needs them everywhere
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -36,15 +36,16 @@ class _Places:
 
     def __init__(self, pack: Pack) -> None:
         self.pack = pack
-        self._found: dict[tuple[int, ...], Tensor] = {}
+        self._found: dict[Hashable, Tensor] = {}
 
-    def gathered(self, tokens: Tensor, blocks: int, heads: int) -> Tensor:
-        """Places of ``(blocks * count, heads, length)`` for token indices ``(count, length)`` of a block, flat."""
-        key = (id(tokens), blocks, heads)
+    def gathered(self, side: str, blocks: int, heads: int) -> Tensor:
+        """Places of ``(blocks * count, heads, length)`` for the queries or the keys of every group, flat."""
+        key = (side, blocks, heads)
         if key not in self._found:
             block, head = self._numbers(blocks), self._numbers(heads)
-            at = block.view(-1, 1, 1, 1) * len(self.pack.tokens) + tokens.unsqueeze(1)
-            self._found[key] = (at * heads + head.view(-1, 1)).flatten()
+            tokens = [getattr(group, side).unsqueeze(1) for group in self.pack.groups]
+            at = [block.view(-1, 1, 1, 1) * len(self.pack.tokens) + each for each in tokens]
+            self._found[key] = torch.cat([(each * heads + head.view(-1, 1)).flatten() for each in at])
         return self._found[key]
 
     def restored(self, blocks: int, heads: int) -> Tensor:
@@ -134,21 +135,23 @@ def packed_attention(
         # What `explicit` computes in, so that it need not convert what was gathered.
         dtype = torch.float32
     q, k, v = (x[0].transpose(0, 1).to(dtype).reshape(-1, x.shape[-1]) for x in (query, key, value))
-    results = []
-    for group in places.pack.groups:
-        own, seen = (
-            places.gathered(tokens, blocks, count)
-            for tokens, count in ((group.queries, heads), (group.keys, key_heads))
-        )
-        shape, key_shape = ((-1, n, t.shape[1]) for n, t in ((heads, group.queries), (key_heads, group.keys)))
-        rows = (
-            q.index_select(0, own).unflatten(0, shape),
-            k.index_select(0, seen).unflatten(0, key_shape),
-            v.index_select(0, seen).unflatten(0, key_shape),
-        )
-        results.append(_attend(rows, scaling, sliding_window, softcap).reshape(-1, v.shape[1]))
+    own, seen = places.gathered("queries", blocks, heads), places.gathered("keys", blocks, key_heads)
+    rows = (
+        _grouped(q.index_select(0, own), [group.queries for group in places.pack.groups], blocks, heads),
+        _grouped(k.index_select(0, seen), [group.keys for group in places.pack.groups], blocks, key_heads),
+        _grouped(v.index_select(0, seen), [group.keys for group in places.pack.groups], blocks, key_heads),
+    )
+    results = [
+        _attend(qkv, scaling, sliding_window, softcap).reshape(-1, v.shape[1]) for qkv in zip(*rows, strict=True)
+    ]
     out = torch.cat(results).index_select(0, places.restored(blocks, heads))
     return out.to(value.dtype).view(1, -1, heads, v.shape[1]), None
+
+
+def _grouped(gathered: Tensor, tokens: Sequence[Tensor], blocks: int, heads: int) -> list[Tensor]:
+    """The ``(blocks * count, heads, length, width)`` of each group, whose tokens are ``(count, length)``."""
+    parts = gathered.split([blocks * heads * each.numel() for each in tokens])
+    return [part.view(-1, heads, each.shape[1], gathered.shape[1]) for part, each in zip(parts, tokens, strict=True)]
 
 
 def takes_spans(model: PreTrainedModel) -> bool:

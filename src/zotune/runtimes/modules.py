@@ -297,49 +297,37 @@ class TunedNorm:
 
     def __init__(self, module: Any, gain: Vector, bias: Vector | None, shape: Shape) -> None:
         self.weight, self.bias = module.weight.data, None if bias is None else module.bias.data
+        self.gain, self.shift, self.shape = gain, bias, shape
+        self.formula = norms.formula(module, partial(_bare, module))
+        self.shown = norms.kernel() if self.weight.is_cuda and self.weight.dtype != torch.float32 else norms.shown
         # Gemma stores the gain less one: the module adds it back.
         self.offset = 1.0 if _adds_one(module) else 0.0
-        # In float32 throughout: a 16-bit factor would promote element by element, which is several times slower.
         self.normed = _bare(module, torch.full_like(self.weight, 1.0 - self.offset, dtype=torch.float32))
-        self.gain, self.shift, self.shape = gain, bias, shape
-        compiles = self.weight.is_cuda and self.weight.dtype != torch.float32
-        self.formula = norms.formula(module, partial(_bare, module)) if compiles else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Any shape with an axis of ``blocks * tokens`` whose last axis is normalised; the same shape."""
-        if self.formula is not None and self.gain.keep == 1.0:
-            return self._compiled(x, self.formula)
-        axis, y, spread = self._by_block(self.normed(x.float()))
-        gain = _shown(self.weight, self.gain)
-        gain = (gain + self.offset if self.offset else gain).view(spread)
-        if self.shift is None or self.bias is None:
-            y.mul_(gain)
-        else:
-            y = torch.addcmul(_shown(self.bias, self.shift).view(spread), y, gain)
-        return y.flatten(axis, axis + 1).to(x.dtype)
-
-    def _by_block(self, x: Tensor) -> tuple[int, Tensor, list[int]]:
-        """The axis of tokens; x with blocks in front of it; and the shape in which gains and biases meet that."""
         axis = self.shape.token_axis(x)
-        blocks = x.unflatten(axis, (self.shape.blocks, -1))
-        spread = [1] * blocks.dim()
+        spread = [1] * (x.dim() + 1)
         spread[axis], spread[-1] = len(self.gain.shift), x.shape[-1]
-        return axis, blocks, spread
-
-    def _compiled(self, x: Tensor, formula: norms.Formula) -> Tensor:
-        """The same in one kernel."""
-        axis, blocks, spread = self._by_block(x)
-        bias = None if self.shift is None else self.shift.shift.view(spread)
-        y = norms.kernel()(
-            *(blocks, self.weight, self.gain.shift.view(spread), self.bias, bias),
-            *(formula.centred, formula.eps, formula.offset),
-        )
+        gain, gain_shift = _shown(self.weight, self.gain, spread)
+        bias, bias_shift = None, None
+        if self.bias is not None and self.shift is not None:
+            bias, bias_shift = _shown(self.bias, self.shift, spread)
+        affine = gain, gain_shift, bias, bias_shift
+        if self.formula is not None:
+            known = self.formula
+            y = self.shown(self._by_block(x, axis), *affine, known.centred, known.eps, known.offset)
+        else:
+            y = norms.scaled(self._by_block(self.normed(x.float()), axis), *affine, self.offset).to(x.dtype)
         return y.flatten(axis, axis + 1)
 
+    def _by_block(self, x: Tensor, axis: int) -> Tensor:
+        return x.unflatten(axis, (self.shape.blocks, -1))
 
-def _shown(stored: Tensor, vector: Vector) -> Tensor:
-    """A gain or bias as every block sees it, float32 ``(blocks, n)``."""
-    return vector.shift + (stored if vector.keep == 1.0 else stored.float() * vector.keep)
+
+def _shown(stored: Tensor, vector: Vector, spread: list[int]) -> tuple[Tensor, Tensor]:
+    """What decay has left of a gain or bias, ``(n,)``, and what its blocks add, float32, in the shape ``spread``."""
+    return stored if vector.keep == 1.0 else stored.float() * vector.keep, vector.shift.view(spread)
 
 
 def _adds_one(module: Any) -> bool:

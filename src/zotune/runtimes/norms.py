@@ -1,7 +1,8 @@
 """Normalisations whose formula is found by trying it, whatever a model calls them.
 
-On a GPU a compiler makes one kernel of each; a norm that is of no such kind is called as it is
-(`zotune.runtimes.modules.TunedNorm`), which is several kernels. An engine's norms are replaced by their formula.
+They are computed in place, which a processor's caches like: models' own code makes a new array of every operation. On
+a GPU a compiler makes one kernel of each. A norm of another kind is called as it is, but for its gain and bias
+(`zotune.runtimes.modules.TunedNorm`).
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ class Formula:
         return next(filter(fits, formulas), None)
 
 
-def normalised(x: Tensor, centred: bool, eps: float) -> Tensor:
-    """A float32 tensor with the mean square of its last axis at one; see `Formula`."""
+def normalised_(x: Tensor, centred: bool, eps: float) -> Tensor:
+    """A float32 tensor with the mean square of its last axis at one, in place; see `Formula`."""
     if centred:
-        x = x - x.mean(-1, keepdim=True)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        x.sub_(x.mean(-1, keepdim=True))
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    return x.mul_(square.div_(x.shape[-1]).add_(eps).rsqrt_())
 
 
 def formula(module: Any, twin: Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]) -> Formula | None:
@@ -83,18 +85,36 @@ def shown(
 
     Args:
         x: ``(..., n)``.
-        gain: As stored, ``(n,)``.
-        gain_shift: Of every block, float32, to be broadcast to x.
-        bias: As stored, ``(n,)``, or None.
-        bias_shift: Of every block, float32, to be broadcast to x, or None.
+        gain: See `scaled`; and ``gain_shift``, ``bias`` and ``bias_shift``.
+        gain_shift: See there.
+        bias: See there.
+        bias_shift: See there.
         centred: See `Formula`.
         eps: See there.
         offset: See there.
     """
-    y = normalised(x.float(), centred, eps) * (gain_shift + gain + offset)
-    if bias is not None:
-        y = y + (bias if bias_shift is None else bias_shift + bias)
-    return y.to(x.dtype)
+    y = normalised_(x.to(torch.float32, copy=True), centred, eps)
+    return scaled(y, gain, gain_shift, bias, bias_shift, offset).to(x.dtype)
+
+
+def scaled(
+    y: Tensor, gain: Tensor, gain_shift: Tensor, bias: Tensor | None, bias_shift: Tensor | None, offset: float
+) -> Tensor:
+    """``y * (gain + gain_shift + offset) + bias + bias_shift``, float32 like ``y``, which may be overwritten.
+
+    Args:
+        y: ``(..., n)``.
+        gain: As stored, ``(n,)``.
+        gain_shift: Of every block, float32, to be broadcast to y.
+        bias: As stored, ``(n,)``, or None.
+        bias_shift: Of every block, float32, to be broadcast to y, or None.
+        offset: See `Formula`.
+    """
+    gain = gain_shift + gain + offset
+    if bias is None:
+        return y.mul_(gain)
+    # In 16 bits a stored bias alone would promote element by element, which is several times slower.
+    return torch.addcmul(bias.float() if bias_shift is None else bias_shift + bias, y, gain)
 
 
 @cache

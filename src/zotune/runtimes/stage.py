@@ -140,9 +140,12 @@ class Stage:
         if self._matrix_order is not None:
             dtype = self._factors.dtype
             both = torch.cat([update.to(dtype).expand_as(self._shift), self._shift.to(dtype)], 1)
-            torch.index_select(both, 1, self._matrix_order, out=self._factors)
+            # A block at a time, because a CPU gathers along one dimension alone four times as fast.
+            for seen, factors in zip(both, self._factors, strict=True):
+                torch.index_select(seen, 0, self._matrix_order, out=factors)
         if self._vector_order is not None:
-            torch.index_select(self._shift + update, 1, self._vector_order, out=self._shown)
+            torch.index_select(self._shift, 1, self._vector_order, out=self._shown)
+            self._shown.add_(update.index_select(0, self._vector_order))
 
 
 def _order(state: LowRankMatrix, places: Mapping[LowRankMatrix | Vector, Tensor], size: int) -> Tensor:

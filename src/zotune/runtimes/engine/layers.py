@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zotune.errors import ModelError
 from zotune.runtimes.engine.tokenwise import Part, TokenMix, TunedMatrix, TunedTable, TunedVector
-from zotune.runtimes.norms import Formula, normalised
+from zotune.runtimes.norms import Formula, normalised_
 
 
 @dataclass(frozen=True)
@@ -170,26 +170,30 @@ class NormLayer(Layer):
 
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise ``(tokens, ..., n)``, after adding the residual if there is one; with it the sum is given too."""
-        total = x.float() if residual is None else x.float() + residual.float()
+        total = x.to(torch.float32, copy=True)
+        if residual is not None:
+            total.add_(residual)
+            # A copy, because what follows is in place.
+            residual = total.to(x.dtype, copy=True)
         gain, bias = self._gain(len(x)), self._bias(len(x))
         spread = (len(x),) + (1,) * (x.dim() - 2) + (-1,)
-        y = normalised(total, self._formula.centred, self._formula.eps) * gain.view(spread)
+        y = normalised_(total, self._formula.centred, self._formula.eps).mul_(gain.view(spread))
         if bias is not None:
-            y = y + bias.view(spread)
-        return y.to(x.dtype) if residual is None else (y.to(x.dtype), total.to(x.dtype))
+            y.add_(bias.view(spread))
+        return y.to(x.dtype) if residual is None else (y.to(x.dtype), residual)
 
     def _gain(self, tokens: int) -> Tensor:
         stored = self._stored.float()
         if not isinstance(self.weight, TunedVector):
             return (stored + self._formula.offset).expand(tokens, -1)
         kept = stored * self.weight.keep if self.weight.decays else stored
-        return kept + self._formula.offset + self.weight.shift(tokens)
+        return self.weight.shift(tokens).add_(kept + self._formula.offset)
 
     def _bias(self, tokens: int) -> Tensor | None:
         if self._stored_bias is None:
             return None
         stored = self._stored_bias.float()
-        return stored.expand(tokens, -1) if self.bias is None else stored + self.bias.shift(tokens)
+        return stored.expand(tokens, -1) if self.bias is None else self.bias.shift(tokens).add_(stored)
 
     def _tried(self, forward: Callable[[Tensor], Tensor]) -> Formula:
         eps = float(getattr(self.module, "variance_epsilon", getattr(self.module, "eps", 0.0)))
@@ -201,7 +205,8 @@ class NormLayer(Layer):
             tolerance = (2e-2 if self._dtype != torch.float32 else 1e-4) * min(1.0, float(expected.abs().max()))
 
             def fits(tried: Formula) -> bool:
-                y = normalised(x.float(), tried.centred, eps) * (self._stored.float() + tried.offset)
+                y = normalised_(x.to(torch.float32, copy=True), tried.centred, eps)
+                y.mul_(self._stored.float() + tried.offset)
                 y = y if self._stored_bias is None else y + self._stored_bias.float()
                 return torch.allclose(y, expected, atol=tolerance, rtol=2e-2)
 

@@ -310,9 +310,11 @@ class Tuner:
             sample = self.engine.sample(place, column)[place.part.local][:_SAMPLES]
         # What is missing of a build of vLLM shows when a layer is first used.
         except (AttributeError, NotImplementedError, RuntimeError) as error:
+            dtype = str(self.engine.dtype).removeprefix("torch.")
             raise ModelError(
-                f"the layer of {place.part.site.name!r} cannot run here, for vLLM has no kernel for it on this kind of "
-                f"processor: {reason(error)}. Use a checkpoint in another format, or another machine."
+                f"the layer of {place.part.site.name!r} cannot run here in {dtype}, for vLLM has no kernel "
+                f"for it on this kind of processor: {reason(error)}. Use another model.dtype, a checkpoint in another "
+                "format, or another machine."
             ) from error
         return wire.pack_tensor(sample), shards.pack(place.part), column
 
