@@ -66,8 +66,9 @@ def test_every_side_takes_the_same_rows_in_the_same_order(options: dict[str, Any
     assert ours.config.train == theirs.config.train
     results = convergence(["lozo", "official-lozo,lr=1e-3", "official-mezo"], **options)
     start, *others = (points(result)[0] for result in results)
-    # The same weights, rows and code: before the first step there is nothing to tell them apart.
-    assert [(point.loss, point.accuracy) for point in others] == [(start.loss, start.accuracy)] * 2
+    # The same weights and rows: before the first step nothing but rounding, in norms that are tuned, tells them apart.
+    assert [point.loss for point in others] == pytest.approx([start.loss] * 2, rel=1e-6)
+    assert [point.accuracy for point in others] == [start.accuracy] * 2
     assert {tuple(point.step for point in points(result)) for result in results} == {(0, 2, 4)}
 
 
