@@ -64,7 +64,10 @@ class StochasticFold(Fold):
         weight = move.weight
         for rows in _chunks(weight):
             part = weight[rows]
-            total = part.float().mul_(move.keep).add_(move.change(rows))
+            total = part.float()
+            if move.keep != 1.0:
+                total.mul_(move.keep)
+            total.add_(move.change(rows))
             part.copy_(self._round(total, part.dtype, f"{move.site.name}[{rows.start}]", key))
 
     def add_all(self, moves: Iterable[Move], step: int) -> None:

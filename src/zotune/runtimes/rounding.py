@@ -23,7 +23,8 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
     """
     cut = _MANTISSA_BITS_CUT[dtype]
     # Adding uniform low bits to the magnitude carries into the kept bits with the right probability.
-    rounded = values.view(torch.int32).add(bits >> (16 - cut)).bitwise_and_(-(1 << cut)).view(torch.float32)
+    low = bits if cut == 16 else bits >> (16 - cut)
+    rounded = values.view(torch.int32).add(low).bitwise_and_(-(1 << cut)).view(torch.float32)
     if dtype == torch.float16:
         steps = values / _FLOAT16_STEP_BELOW
         whole = steps.floor()
