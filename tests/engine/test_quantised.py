@@ -36,7 +36,7 @@ WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()
 """Whether vLLM's build has kernels here for 4 bits, and for 8 bits without sums that saturate."""
 
 TILES = torch.cpu._is_amx_tile_supported()
-"""Whether vLLM takes kernels that are made for AMX: of 8 bits, for 16-bit models alone; of 4, with inputs of 8."""
+"""Whether vLLM takes its kernel of 8 bits that is made for AMX, for 16-bit models alone."""
 
 
 @pytest.fixture
@@ -95,9 +95,13 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("GPTQ", "compres
 
 
 @pytest.mark.parametrize("kind", ["AWQ", *SLOW, INT8])
-def test_16_bit_models_of_any_format_are_the_dequantised_model(tmp_path: Path, kind: str) -> None:
+def test_16_bit_models_of_any_format_are_the_dequantised_model(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not (TILES if kind == INT8 else WIDE):
         pytest.skip("vLLM has no kernel of 4 bits on a processor without AVX-512, and none of 8 for AMX without that")
+    # With AMX vLLM rounds the inputs of weights of 4 bits to 8 bits, unless it is told not to.
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
     config, exact = quantised.quantise(quantised.model(), kind, tmp_path)
     case, found, expected, short = _case(METHOD), [], [], []
     sides = EmbeddedRuntime(copy.deepcopy(exact), METHOD), EmbeddedRuntime(copy.deepcopy(exact).bfloat16(), METHOD)
@@ -108,8 +112,7 @@ def test_16_bit_models_of_any_format_are_the_dequantised_model(tmp_path: Path, k
                 side.apply(update)
     off, allowed = (np.abs(np.stack(each) - np.stack(expected)) for each in (found, short))
     # Kernels that take 16-bit models alone. What that costs, the dequantised model shows in the same 16 bits.
-    assert off.mean() < (2.0 if TILES else 1.2) * allowed.mean()
-    assert allowed.mean() < 0.05
+    assert off.mean() < 1.2 * allowed.mean() < 0.05
     assert off.max() < 2 * allowed.max()
 
 

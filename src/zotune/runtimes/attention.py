@@ -135,23 +135,23 @@ def packed_attention(
         # What `explicit` computes in, so that it need not convert what was gathered.
         dtype = torch.float32
     q, k, v = (x[0].transpose(0, 1).to(dtype).reshape(-1, x.shape[-1]) for x in (query, key, value))
-    own, seen = places.gathered("queries", blocks, heads), places.gathered("keys", blocks, key_heads)
-    rows = (
-        _grouped(q.index_select(0, own), [group.queries for group in places.pack.groups], blocks, heads),
-        _grouped(k.index_select(0, seen), [group.keys for group in places.pack.groups], blocks, key_heads),
-        _grouped(v.index_select(0, seen), [group.keys for group in places.pack.groups], blocks, key_heads),
+    rows = zip(
+        _by_group(q, places, "queries", blocks, heads),
+        _by_group(k, places, "keys", blocks, key_heads),
+        _by_group(v, places, "keys", blocks, key_heads),
+        strict=True,
     )
-    results = [
-        _attend(qkv, scaling, sliding_window, softcap).reshape(-1, v.shape[1]) for qkv in zip(*rows, strict=True)
-    ]
+    results = [_attend(qkv, scaling, sliding_window, softcap).reshape(-1, v.shape[1]) for qkv in rows]
     out = torch.cat(results).index_select(0, places.restored(blocks, heads))
     return out.to(value.dtype).view(1, -1, heads, v.shape[1]), None
 
 
-def _grouped(gathered: Tensor, tokens: Sequence[Tensor], blocks: int, heads: int) -> list[Tensor]:
-    """The ``(blocks * count, heads, length, width)`` of each group, whose tokens are ``(count, length)``."""
+def _by_group(x: Tensor, places: _Places, side: str, blocks: int, heads: int) -> list[Tensor]:
+    """The ``(blocks * count, heads, length, width)`` of each group's queries or keys, from all tokens, flat."""
+    tokens = [getattr(group, side) for group in places.pack.groups]
+    gathered = x.index_select(0, places.gathered(side, blocks, heads))
     parts = gathered.split([blocks * heads * each.numel() for each in tokens])
-    return [part.view(-1, heads, each.shape[1], gathered.shape[1]) for part, each in zip(parts, tokens, strict=True)]
+    return [part.view(-1, heads, each.shape[1], x.shape[1]) for part, each in zip(parts, tokens, strict=True)]
 
 
 def takes_spans(model: PreTrainedModel) -> bool:
