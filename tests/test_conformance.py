@@ -8,7 +8,7 @@ import pytest
 
 from zotune.optimizer import Method
 from zotune.protocol import Update
-from zotune.runtimes import lowrank
+from zotune.runtimes import skinny
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.testing import conformance, tiny
 from zotune.testing.conformance import CHECKS, METHODS, Case
@@ -77,7 +77,7 @@ def test_embedded_everything(family: str, method: str, check: Check) -> None:
 @pytest.mark.parametrize("check", [conformance.check_probes, conformance.check_updates], ids=identify)
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama-tied"])
 def test_factors_that_are_filled_up_add_nothing(family: str, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowrank, "_ALIGNED", {"cpu": 8})
+    monkeypatch.setattr(skinny, "_ALIGNED", {"cpu": 8})
     check(Case(EmbeddedRuntime, family, METHODS["all"]))
 
 

@@ -21,7 +21,7 @@ from zotune.layout import Layout, period
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
-from zotune.runtimes import attention, generation, graphs, heap, lora, modules
+from zotune.runtimes import attention, generation, graphs, heap, lora, modules, siblings
 from zotune.runtimes.crown import Crown
 from zotune.runtimes.dense import DenseSpace
 from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
@@ -65,6 +65,7 @@ class EmbeddedRuntime:
         self.fingerprint = fingerprint(model)
         if method.lora_rank is not None:
             lora.add(model, method.lora_rank, method.lora_alpha, seed)
+        together = siblings.find(model) if method.family == "low-rank" and method.lora_rank is None else []
         self._weights = modules.find_sites(model, method.scope, lora=method.lora_rank is not None)
         self.layout = Layout(tuple(self._weights))
         self.space: LowRankSpace | DenseSpace
@@ -81,6 +82,8 @@ class EmbeddedRuntime:
         self._shape = modules.Shape()
         self._crown = Crown(model, self._shape)
         modules.wrap(model, {site.name: state for site, state in self.space.sites.items()}, self._shape)
+        for each in together:
+            each.wrap(self._shape)
         self._trunk = Trunk(model, self.layout, self._shape)
         self._attention_before = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zotune.directions import LowRankDirections
@@ -29,11 +28,9 @@ from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.folding import Fold
 from zotune.runtimes.mixture import Lookup, Vector
 from zotune.runtimes.move import Move
+from zotune.runtimes.skinny import SkinnyProduct
 from zotune.runtimes.stage import MatrixView, Stage
 from zotune.updates import Momentum, Rule, Sgd, combine
-
-_ALIGNED = {"cuda": 8}
-"""A GPU's products of 16-bit numbers are several times slower where an extent is no multiple of this."""
 
 
 class LowRankMatrix:
@@ -45,17 +42,19 @@ class LowRankMatrix:
         moves: Whether it is the site's turn in this window; B and all directions are zero otherwise.
         v: V of the window, float32 ``(in, r)``.
         bias: The layer's bias, where the skinny product adds what it is shifted by.
+        product: Its product, which it may share with neighbours.
         shown: What the blocks see in this step, once there was a probe.
     """
 
     v: Tensor
+    product: SkinnyProduct
     shown: MatrixView
 
     def __init__(self, update: Tensor) -> None:
         self.update = update
         self.keep, self.moves = 1.0, True
         self.bias: Vector | None = None
-        self._projectors: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+        self.product = SkinnyProduct([self])
 
     def carry(self, bias: Vector) -> bool:
         """Take over the shift of the layer's bias, as a factor whose input is one; a second one is not taken."""
@@ -65,69 +64,32 @@ class LowRankMatrix:
 
     @property
     def rows(self) -> int:
-        """Factors of an output, with what fills them up for a GPU's products."""
-        needed = 2 * self.update.shape[1] + (0 if self.bias is None else 2)
-        step = _ALIGNED.get(self.update.device.type, 1)
-        return -(-needed // step) * step
+        """Factors of an output: B, a direction, and as much of a bias."""
+        return 2 * self.update.shape[1] + (0 if self.bias is None else 2)
 
     def open_window(self, v: Tensor) -> None:
         """Take the window's V, float32 ``(in, r)``."""
         self.v = v
-        for projector, _ in self._projectors.values():
-            # In place, because a captured graph reads it from where it was.
-            projector[: 2 * v.shape[1]].copy_(v.T.repeat(2, 1))
+        self.product.take(self)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """``x_k W_k^T + bias`` of every block.
+        """``x_k W_k^T + bias`` of every block; see `SkinnyProduct.linear`."""
+        return self.product.linear(x, weight, bias, rows)
 
-        Args:
-            x: ``(blocks, tokens, in)``.
-            weight: ``(out, in)``, or only the ``rows`` of it; in the dtype of x.
-            bias: ``(out,)`` or None.
-            rows: Output rows that ``weight`` holds; None for all.
-        """
-        if self.keep == 1.0:
-            y = F.linear(x, weight, bias)
-        else:
-            y = F.linear(x, weight).mul_(self.keep)
-            y = y if bias is None else y.add_(bias)
-        if not self.moves:
-            return y
-        factors = self.shown.factors
-        if rows is not None or factors.dtype != x.dtype:
-            factors = self._gathered(rows).to(x.dtype)
-        return y.baddbmm_(F.linear(x, *self._projector(x.dtype)), factors)
-
-    def _projector(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """What turns inputs into factors: V for B, V for the directions, and ones for what a bias is shifted by."""
-        if dtype not in self._projectors:
-            # Ordinary tensors, which may be written to whether or not the next window opens in inference mode.
-            with torch.inference_mode(False):
-                width, rank = self.v.shape
-                stacked = torch.zeros(self.rows, width, dtype=dtype, device=self.v.device)
-                stacked[: 2 * rank] = self.v.T.repeat(2, 1)
-                unit = None if self.bias is None else stacked.new_zeros(self.rows)
-                if unit is not None:
-                    unit[2 * rank : 2 * rank + 2] = 1.0
-                self._projectors[dtype] = stacked, unit
-        return self._projectors[dtype]
-
-    def _gathered(self, rows: Tensor | None) -> Tensor:
-        """The factors of some output rows, float32."""
-        shift, chosen = self.shown.shift, slice(None) if rows is None else rows
-        parts = [self.update[chosen].mT.expand(len(shift), -1, -1), shift[:, chosen].mT]
+    def gathered(self, chosen: Tensor | None) -> Tensor:
+        """The factors of some output rows, or of all, float32 ``(blocks, rows, out)``."""
+        shift, outputs = self.shown.shift, slice(None) if chosen is None else chosen
+        parts = [self.update[outputs].mT.expand(len(shift), -1, -1), shift[:, outputs].mT]
         if self.bias is not None:
-            shown = self.bias.shift[:, chosen].unsqueeze(1)
-            parts.append(shown)
-        found = torch.cat(parts, 1)
-        return F.pad(found, (0, 0, 0, self.rows - found.shape[1]))
+            parts.append(self.bias.shift[:, outputs].unsqueeze(1))
+        return torch.cat(parts, 1)
 
     def embed(self, lookup: Lookup, weight: Tensor) -> Tensor:
         """``W_k[token]`` of every block, ``(blocks, tokens, in)``, in the dtype of ``weight``."""
         mix, rank = self.shown.mix.weights, self.update.shape[1]
         found = lookup(torch.cat([self.update, *self.shown.directions], 1))
         found = found.view(len(mix), -1, mix.shape[1], rank)
-        v, _ = self._projector(torch.float32)
+        v, _ = self.product.projector(torch.float32)
         shift = torch.einsum("ktjr,kj->ktr", found, mix) @ v[:rank]
         return lookup(weight).view(shift.shape).float().mul_(self.keep).add_(shift).to(weight.dtype)
 

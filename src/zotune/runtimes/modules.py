@@ -28,15 +28,19 @@ _UNDECAYED = ("bias", "layer_norm", "layernorm")
 """Parts of parameter names that weight decay skips, as in LOZO's and MeZO's code."""
 
 
-class Matrix(Protocol):
+class Product(Protocol):
+    """What a linear layer needs of its matrix, or of all that are one product with it."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Product of every block."""
+        ...
+
+
+class Matrix(Product, Protocol):
     """What a wrapped module needs of a matrix site; `LowRankMatrix` and `DenseMatrix` are the two."""
 
     def carry(self, bias: Vector) -> bool:
         """Offer the layer's bias: whether the product shifts it, too."""
-        ...
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Product of every block."""
         ...
 
     def embed(self, lookup: Lookup, weight: Tensor) -> Tensor:
@@ -110,9 +114,8 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
             unknown.append(f"{name} ({type(owner).__name__})")
             continue
         weight = parameter.data.T if isinstance(owner, Conv1D) and linear else parameter.data
-        decays = not any(part in name for part in _UNDECAYED)
         turn = Site.turn if turns is None else turns[id(parameter)]
-        found[Site(name, tuple(weight.shape), decays, turn)] = weight
+        found[Site(name, tuple(weight.shape), decays(name), turn)] = weight
     if unknown:
         raise ModelError(
             f"scope {scope!r} cannot tune {len(unknown)} parameters exactly, among them {', '.join(unknown[:3])}. "
@@ -121,6 +124,11 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
     if not found:
         raise ModelError(f"{type(model).__name__} has no parameter in scope {scope!r}")
     return found
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to a parameter of this name."""
+    return not any(part in name for part in _UNDECAYED)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -235,12 +243,20 @@ def _bare(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Call
 
 
 class TunedLinear:
-    """Forward of a linear layer: its product runs in the device's best dtype, and its sites show their blocks."""
+    """Forward of a linear layer: its product runs in the device's best dtype, and its sites show their blocks.
 
-    def __init__(self, module: nn.Linear | Conv1D, matrix: Matrix | None, bias: Vector | None, shape: Shape) -> None:
-        self.weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
-        self.bias = None if module.bias is None else module.bias.data
-        self.matrix, self.shift, self.shape = matrix, _uncarried(matrix, bias), shape
+    Args:
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or None.
+        matrix: Shows the weight's blocks; None where it is not tuned.
+        shift: Shows the bias's blocks; None where it is not tuned, or the matrix does.
+        shape: Of the pack in flight.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, matrix: Product | None, shift: Vector | None, shape: Shape
+    ) -> None:
+        self.weight, self.bias, self.matrix, self.shift, self.shape = weight, bias, matrix, shift, shape
         self.dtype = product_dtype(self.weight.dtype, self.weight.device.type)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -358,7 +374,9 @@ def wrap(model: PreTrainedModel, states: Mapping[str, Any], shape: Shape) -> Non
         if module is head:
             forward: Callable[..., Tensor] | None = TunedHead(module, weight, bias, shape)
         elif isinstance(module, nn.Linear | Conv1D):
-            forward = TunedLinear(module, weight, bias, shape)
+            stored = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+            own = None if module.bias is None else module.bias.data
+            forward = TunedLinear(stored, own, weight, _uncarried(weight, bias), shape)
         elif isinstance(module, nn.Embedding):
             forward = TunedEmbedding(module, weight) if weight is not None else None
         else:

@@ -22,6 +22,7 @@ from zotune.transfer import into
 
 if TYPE_CHECKING:
     from zotune.runtimes.lowrank import LowRankMatrix
+    from zotune.runtimes.skinny import SkinnyProduct
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,11 @@ class MatrixView:
     """What a matrix's blocks see.
 
     Attributes:
-        factors: ``(blocks, rows, out)`` in the products' dtype: B, then what a probe adds to it, which in 16 bits their
-            sum would round away; two more rows, alike, if the matrix carries a bias; see `LowRankMatrix.rows`.
         shift: What a probe adds, float32 ``(blocks, out, r)``.
         directions: U of each direction, float32 ``(out, r)``.
         mix: How the blocks mix B and the directions.
     """
 
-    factors: Tensor
     shift: Tensor
     directions: tuple[Tensor, ...]
     mix: Mixture
@@ -75,26 +73,24 @@ class Stage:
         self._directions = torch.zeros(max(1, directions), layout.size, device=device)
         self._shift = torch.zeros(blocks, layout.size, device=device)
         places = dict(zip(self._states, layout.views(torch.arange(layout.size)), strict=True))
-        matrices = [_order(state, places, layout.size) for state in self._states if not isinstance(state, Vector)]
+        self._products = list(dict.fromkeys(s.product for s in self._states if not isinstance(s, Vector)))
+        matrices = [_order(product, places, layout.size).flatten() for product in self._products]
         vectors = [places[state] for state in self._states if isinstance(state, Vector)]
-        self._matrix_order = torch.cat([order.flatten() for order in matrices]).to(device) if matrices else None
+        self._matrix_order = torch.cat(matrices).to(device) if matrices else None
         self._vector_order = torch.cat(vectors).to(device) if vectors else None
-        self._factors = torch.zeros(blocks, sum(order.numel() for order in matrices), dtype=dtype, device=device)
+        self._factors = torch.zeros(blocks, sum(map(len, matrices)), dtype=dtype, device=device)
         self._shown = torch.zeros(blocks, sum(map(len, vectors)), device=device)
-        self._views = self._seen(layout, [tuple(order.shape) for order in matrices], directions)
+        self._views = self._seen(layout, directions)
 
-    def _seen(self, layout: NoiseBlock, shapes: Sequence[tuple[int, ...]], directions: int) -> list[Any]:
+    def _seen(self, layout: NoiseBlock, directions: int) -> list[Any]:
         """What each site sees, in order: a `MatrixView`, or a vector's shift, float32 ``(blocks, n)``."""
-        factors = iter(self._factors.split([rows * out for rows, out in shapes], dim=1))
-        sizes, shifts = iter(shapes), layout.views(self._shift)
+        shifts = layout.views(self._shift)
         drawn = list(zip(*(layout.views(flat) for flat in self._directions[:directions]), strict=True))
         vectors = iter(self._shown.split([len(s.update) for s in self._states if isinstance(s, Vector)], dim=1))
         return [
             next(vectors)
             if isinstance(state, Vector)
-            else MatrixView(
-                next(factors).unflatten(1, next(sizes)), shifts[at], tuple(drawn[at]) if drawn else (), self._mix
-            )
+            else MatrixView(shifts[at], tuple(drawn[at]) if drawn else (), self._mix)
             for at, state in enumerate(self._states)
         ]
 
@@ -106,6 +102,10 @@ class Stage:
                 state.shift = view if state.moves else view[:1]
             else:
                 state.shown = view
+        shapes = [product.shape for product in self._products]
+        factors = self._factors.split([rows * out for rows, out in shapes], dim=1)
+        for product, flat, shape in zip(self._products, factors, shapes, strict=True):
+            product.factors = flat.unflatten(1, shape)
 
     def take(self, probes: Sequence[Probe], keys: Sequence[DirectionKey]) -> dict[DirectionKey, Tensor]:
         """Take this step's probes, which `show` then shows.
@@ -139,7 +139,8 @@ class Stage:
         torch.index_select(self._directions, 0, self._mix.picked, out=self._shift).mul_(self._mix.amounts)
         if self._matrix_order is not None:
             dtype = self._factors.dtype
-            both = torch.cat([update.to(dtype).expand_as(self._shift), self._shift.to(dtype)], 1)
+            zero = self._factors.new_zeros(len(self._shift), 1)
+            both = torch.cat([update.to(dtype).expand_as(self._shift), self._shift.to(dtype), zero], 1)
             # A block at a time, because a CPU gathers along one dimension alone four times as fast.
             for seen, factors in zip(both, self._factors, strict=True):
                 torch.index_select(seen, 0, self._matrix_order, out=factors)
@@ -148,13 +149,15 @@ class Stage:
             self._shown.add_(update.index_select(0, self._vector_order))
 
 
-def _order(state: LowRankMatrix, places: Mapping[LowRankMatrix | Vector, Tensor], size: int) -> Tensor:
-    """Where a matrix's factors lie in flat B and flat shift, one behind the other; int64 ``(rows, out)``."""
-    at = places[state].T
-    rows = [at, at + size]
-    if state.bias is not None:
-        bias = places[state.bias].unsqueeze(0)
-        rows += [bias, bias + size]
-    found = torch.cat(rows)
-    # What meets no input may be any number.
-    return torch.cat([found, found[:1].expand(state.rows - len(found), -1)])
+def _order(product: SkinnyProduct, places: Mapping[LowRankMatrix | Vector, Tensor], size: int) -> Tensor:
+    """Where a product's factors lie in flat B, flat shift and a zero, one behind the other; int32 ``(rows, out)``."""
+    # Half the bytes of the usual indices, of which a gather reads more than of what it gathers.
+    order = torch.full(product.shape, 2 * size, dtype=torch.int32)
+    for member, rows, outputs in product.parts():
+        at = places[member].T
+        own = [at, at + size]
+        if member.bias is not None:
+            bias = places[member.bias].unsqueeze(0)
+            own += [bias, bias + size]
+        order[rows, outputs] = torch.cat(own)
+    return order

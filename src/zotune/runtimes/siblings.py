@@ -1,0 +1,115 @@
+"""Siblings: linear layers that take the same input, such as queries, keys and values, computed as one product.
+
+Which they are is found by letting the model run. Their weights are stored one below the other, and each layer's
+parameters are views of that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zotune.runtimes.modules import Shape, TunedLinear, decays
+from zotune.runtimes.skinny import side_by_side
+
+
+class Siblings:
+    """Linear layers of one input, in the order in which they are called.
+
+    Args:
+        layers: At least two, whose weights, and biases if any, become views of what is stored together.
+
+    Attributes:
+        layers: The same.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = tuple(layers)
+        self._weight = _together([layer.weight for layer in layers])
+        self._bias = None if layers[0].bias is None else _together([layer.bias for layer in layers])
+        self._widths = [layer.out_features for layer in layers]
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def wrap(self, shape: Shape) -> None:
+        """Let layers that `zotune.runtimes.modules.wrap` wrapped one by one be one product."""
+        alone: list[Any] = [layer.forward for layer in self.layers]
+        tuned = [each.matrix for each in alone if each.matrix is not None]
+        assert len(tuned) in (0, len(alone)), "no scope parts siblings"
+        self._joint = TunedLinear(self._weight, self._bias, side_by_side(tuned) if tuned else None, None, shape)
+        for at, layer in enumerate(self.layers):
+            layer.__dict__["forward"] = partial(self._output, at)
+
+    def _output(self, at: int, x: Tensor) -> Tensor:
+        """The output of one layer, ``(..., out)``; the first that is called computes those of all."""
+        if x is not self._input:
+            self._input, self._outputs = x, self._joint(x).split(self._widths, -1)
+        y = self._outputs[at]
+        if at == len(self.layers) - 1:
+            self._input, self._outputs = None, ()
+        return y
+
+
+def find(model: PreTrainedModel) -> list[Siblings]:
+    """The siblings of a model that is not wrapped yet, found by letting it read two tokens.
+
+    Layers of experts, which do not see every token, and layers that share a weight or are called more than once are
+    none.
+    """
+    calls, names = _called_in_turn(model), {module: name for name, module in model.named_modules()}
+    often = Counter(id(layer) for group in calls for layer in group)
+    owners = Counter(id(own) for each in model.modules() for own in each.parameters(recurse=False))
+
+    def fits(layer: nn.Linear) -> bool:
+        return often[id(layer)] == 1 and all(owners[id(own)] == 1 for own in layer.parameters())
+
+    def kind(layer: nn.Linear) -> Any:
+        return layer.weight.dtype, layer.weight.device, layer.bias is None, decays(names[layer])
+
+    groups = [[layer for layer in group if fits(layer)] for group in calls]
+    return [Siblings(group) for group in groups if len(group) > 1 and len(set(map(kind, group))) == 1]
+
+
+def _called_in_turn(model: PreTrainedModel) -> list[list[nn.Linear]]:
+    """The linear layers in the order of their calls; those that follow each other with the same input together."""
+    head, last = model.get_output_embeddings(), None
+    calls: list[list[nn.Linear]] = []
+
+    def called(layer: Any, args: tuple[Tensor, ...]) -> None:
+        nonlocal last
+        if args[0] is not last:
+            calls.append([])
+        # Kept, so that no other tensor can take its place. A layer's input is never written to: training needs it.
+        last = args[0]
+        calls[-1].append(layer)
+
+    linear = [
+        each
+        for name, each in model.named_modules()
+        if type(each) is nn.Linear and each is not head and "experts" not in name.split(".")
+    ]
+    hooks = [layer.register_forward_pre_hook(called) for layer in linear]
+    tokens = torch.arange(2, device=model.device).unsqueeze(0)
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=1)
+    except Exception:  # Whatever a foreign model raises where it is called unlike it will be: every layer by itself.
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _together(parameters: Sequence[Tensor]) -> Tensor:
+    """What parameters hold, one below the other; they become views of it."""
+    stored = torch.cat([parameter.data for parameter in parameters])
+    for parameter, view in zip(parameters, stored.split([len(each) for each in parameters]), strict=True):
+        parameter.data = view
+    return stored
