@@ -141,9 +141,9 @@ def packed_attention(
         _by_group(v, places, "keys", blocks, key_heads),
         strict=True,
     )
-    results = [_attend(qkv, scaling, sliding_window, softcap).reshape(-1, v.shape[1]) for qkv in rows]
-    out = torch.cat(results).index_select(0, places.restored(blocks, heads))
-    return out.to(value.dtype).view(1, -1, heads, v.shape[1]), None
+    results = [_attend(qkv, scaling, sliding_window, softcap).to(value.dtype).reshape(-1, v.shape[1]) for qkv in rows]
+    out = (torch.cat(results) if len(results) > 1 else results[0]).index_select(0, places.restored(blocks, heads))
+    return out.view(1, -1, heads, v.shape[1]), None
 
 
 def _by_group(x: Tensor, places: _Places, side: str, blocks: int, heads: int) -> list[Tensor]:

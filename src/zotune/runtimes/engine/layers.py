@@ -170,14 +170,12 @@ class NormLayer(Layer):
 
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise ``(tokens, ..., n)``, after adding the residual if there is one; with it the sum is given too."""
-        total = x.to(torch.float32, copy=True)
         if residual is not None:
-            total.add_(residual)
-            # A copy, because what follows is in place.
-            residual = total.to(x.dtype, copy=True)
+            residual = x = x + residual
         gain, bias = self._gain(len(x)), self._bias(len(x))
         spread = (len(x),) + (1,) * (x.dim() - 2) + (-1,)
-        y = normalised_(total, self._formula.centred, self._formula.eps).mul_(gain.view(spread))
+        y = normalised_(x.to(torch.float32, copy=True), self._formula.centred, self._formula.eps)
+        y.mul_(gain.view(spread))
         if bias is not None:
             y.add_(bias.view(spread))
         return y.to(x.dtype) if residual is None else (y.to(x.dtype), residual)
@@ -187,13 +185,13 @@ class NormLayer(Layer):
         if not isinstance(self.weight, TunedVector):
             return (stored + self._formula.offset).expand(tokens, -1)
         kept = stored * self.weight.keep if self.weight.decays else stored
-        return self.weight.shift(tokens).add_(kept + self._formula.offset)
+        return self.weight.seen(kept + self._formula.offset, tokens)
 
     def _bias(self, tokens: int) -> Tensor | None:
         if self._stored_bias is None:
             return None
         stored = self._stored_bias.float()
-        return stored.expand(tokens, -1) if self.bias is None else self.bias.shift(tokens).add_(stored)
+        return stored.expand(tokens, -1) if self.bias is None else self.bias.seen(stored, tokens)
 
     def _tried(self, forward: Callable[[Tensor], Tensor]) -> Formula:
         eps = float(getattr(self.module, "variance_epsilon", getattr(self.module, "eps", 0.0)))

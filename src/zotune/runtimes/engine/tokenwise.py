@@ -61,29 +61,51 @@ class TokenMix:
         directions: Most directions in flight.
         dtype: The model's.
         device: Where the model is.
+
+    Attributes:
+        mixtures: All that there are, float32 ``(1 + 2 * directions, 1 + directions)``; see `number`.
+        which: The number of every token's mixture, int64 ``(tokens,)``.
+        exact: Every token's mixture, float32 ``(tokens, 1 + directions)``.
     """
 
     def __init__(self, tokens: int, directions: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.exact = torch.zeros(tokens, 1 + directions, device=device)
-        self.exact[:, 0] = 1.0
-        self.model = self.exact if dtype == torch.float32 else self.exact.to(dtype)
+        self.mixtures = torch.zeros(1 + 2 * directions, 1 + directions, device=device)
+        self.mixtures[:, 0] = 1.0
+        for column in range(1, 1 + directions):
+            for sign in (1, -1):
+                self.mixtures[self.number(column, sign), column] = sign
+        self.which = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.exact = self.mixtures[self.which]
+        self.dtype, self.device = dtype, device
+        self._spread: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @staticmethod
+    def number(column: int, sign: int) -> int:
+        """Of the mixture of the update and ``sign`` times a column's direction; 0 is the update alone."""
+        return 2 * column - (sign > 0) if sign else 0
 
     @property
     def columns(self) -> int:
         """Of every token's mixture."""
         return self.exact.shape[1]
 
-    def show(self, rows: Tensor) -> None:
-        """Give the first tokens these mixtures, float32 ``(tokens, columns)``."""
-        self.exact[: len(rows)] = rows
-        if self.model is not self.exact:
-            self.model[: len(rows)] = rows
+    def spread(self, width: int) -> Tensor:
+        """Every token's mixture in the model's dtype, each number so many times: ``(tokens, columns * width)``."""
+        if width not in self._spread:
+            mixtures = self.mixtures.repeat_interleave(width, 1).to(self.dtype)
+            self._spread[width] = mixtures, mixtures[self.which]
+        return self._spread[width][1]
+
+    def show(self, numbers: Tensor) -> None:
+        """Give the first tokens the mixtures of these numbers, int64."""
+        tokens = len(numbers)
+        self.which[:tokens] = numbers
+        for mixtures, shown in ((self.mixtures, self.exact), *self._spread.values()):
+            shown[:tokens] = mixtures[numbers]
 
     def clear(self, tokens: int) -> None:
         """Make the first tokens clean again: the update alone."""
-        for buffer in {id(self.exact): self.exact, id(self.model): self.model}.values():
-            buffer[:tokens] = 0.0
-            buffer[:tokens, 0] = 1.0
+        self.show(torch.zeros_like(self.which[:tokens]))
 
 
 class Columns:
@@ -117,7 +139,7 @@ class Columns:
 
 
 class TunedVector:
-    """Biases or gains ``(n,)`` of a module, as every token sees them: as stored, plus its mixture of ``phi``."""
+    """Biases or gains ``(n,)`` of a module, as every token sees them: what they are, plus its mixture of ``phi``."""
 
     def __init__(self, parts: Sequence[Part], size: int, mix: TokenMix) -> None:
         self.parts, self.mix = tuple(parts), mix
@@ -130,9 +152,14 @@ class TunedVector:
         for part in self.parts:
             self.phi[column, part.local] = part.of(factors[part.site])
 
+    def seen(self, stored: Tensor, tokens: int) -> Tensor:
+        """What the first tokens see of what is ``stored``, float32 ``(n,)``: float32 ``(tokens, n)``."""
+        # There are few mixtures and many tokens, so every mixture is worked out once and looked up.
+        return torch.addmm(stored, self.mix.mixtures, self.phi).index_select(0, self.mix.which[:tokens])
+
     def shift(self, tokens: int) -> Tensor:
-        """Float32 ``(tokens, n)``."""
-        return self.mix.exact[:tokens] @ self.phi
+        """What the first tokens see besides what is stored, float32 ``(tokens, n)``."""
+        return (self.mix.mixtures @ self.phi).index_select(0, self.mix.which[:tokens])
 
 
 class TunedMatrix:
@@ -140,19 +167,20 @@ class TunedMatrix:
 
     def __init__(self, parts: Sequence[Part], shape: tuple[int, int], rank: int, mix: TokenMix) -> None:
         self.parts, self.rank, self.mix = tuple(parts), rank, mix
-        dtype, device = mix.model.dtype, mix.model.device
         width = rank * len(self.parts)
-        self.v = torch.zeros(shape[1], width, dtype=dtype, device=device)
+        # Once for every column: what is projected needs but one product with the tokens' mixtures then.
+        self.v = torch.zeros(shape[1], mix.columns * width, dtype=mix.dtype, device=mix.device)
         # Zero wherever a site's factors do not reach another site's rows.
-        self.phi = torch.zeros(mix.columns, width, shape[0], dtype=dtype, device=device)
-        self.keep = torch.ones((), dtype=dtype, device=device)
+        self.phi = torch.zeros(mix.columns, width, shape[0], dtype=mix.dtype, device=mix.device)
+        self.mixed = mix.spread(width)
+        self.keep = torch.ones((), dtype=mix.dtype, device=mix.device)
         self.decays = False
         self.bank: Columns | None = None
 
     def open_window(self, sites: Mapping[Site, LowRankMatrix]) -> None:
         """Take the window's V of every part."""
         for part, own in self._own():
-            self.v[:, own] = sites[part.site].v[part.columns]
+            self.v.unflatten(1, self.phi.shape[:2])[:, :, own] = sites[part.site].v[part.columns].unsqueeze(1)
 
     def show(self, column: int, factors: Mapping[Site, Tensor]) -> None:
         """Take one column's factors ``(out, r)`` of every part."""
@@ -161,8 +189,8 @@ class TunedMatrix:
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Add every token's perturbation to ``y (tokens, out)``, in place; ``x`` is ``(tokens, in)``."""
-        projected = (x @ self.v).unsqueeze(1) * self.mix.model[: len(x)].unsqueeze(2)
-        y.addmm_(projected.flatten(1), self.phi.flatten(0, 1))
+        projected = (x @ self.v).mul_(self.mixed[: len(x)])
+        y.addmm_(projected, self.phi.flatten(0, 1))
         return y if self.bank is None else self.bank.add_to(y, x)
 
     def open_bank(self, budget: int) -> None:
@@ -268,15 +296,11 @@ class TokenSpace(LowRankSpace):
         flat = torch.zeros_like(self.factors) if probe.key is None else self._draw(probe.key) * (probe.sign * probe.eps)
         return dict(zip(self.sites, self.directions.factors.views(flat), strict=True))
 
-    def mixtures(self, probes: Sequence[Probe]) -> Tensor:
-        """The mixture of a token of each probe, float32 ``(probes, columns)``."""
+    def numbers(self, probes: Sequence[Probe]) -> Tensor:
+        """The number of the mixture of each probe's tokens, int64 ``(probes,)``; see `TokenMix.number`."""
         columns = self.column_of(probes)
-        rows = torch.zeros(len(probes), self.mix.columns)
-        rows[:, 0] = 1.0
-        for row, probe in zip(rows, probes, strict=True):
-            if probe.key is not None:
-                row[columns[probe.key, probe.eps]] = probe.sign
-        return rows.to(self.device)
+        found = [0 if p.key is None else self.mix.number(columns[p.key, p.eps], p.sign) for p in probes]
+        return torch.tensor(found, device=self.device)
 
     def apply(self, update: Update, weights: Mapping[Site, Tensor], fold: Fold) -> None:
         """As `LowRankSpace.apply`; the modules show the new update at once."""

@@ -196,7 +196,7 @@ class Tuner:
     ) -> tuple[np.ndarray, np.ndarray]:
         with self._timed("draw"):
             self.space.probe(probes)
-            mixtures = self.space.mixtures(probes)
+            mixtures = self.space.numbers(probes)
         parts = [
             self._forward(rows[part], mixtures, whole) for part in cut(costs, self.engine.max_tokens // len(probes))
         ]
@@ -217,10 +217,10 @@ class Tuner:
             return self._read(hidden, batch, mixtures, whole)
 
     def _read(self, hidden: Tensor, batch: Batch, mixtures: Tensor, whole: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and normalisers of what the batch scores."""
+        """Logits and normalisers of what the batch scores, under the mixtures of these numbers."""
         probes = len(mixtures)
         kept = hidden[torch.from_numpy(batch.kept.ravel()).to(hidden.device)].float()
-        mix = mixtures.repeat_interleave(batch.kept.shape[1], dim=0)
+        mix = self.mix.mixtures[mixtures].repeat_interleave(batch.kept.shape[1], dim=0)
         start, stop = self.head.owned.start, self.head.owned.stop
         owned = (batch.tokens >= start) & (batch.tokens < stop)
         local = batch.tokens[owned] - start
