@@ -67,15 +67,16 @@ class NoiseBlock:
         self._n_words = int(words.sum())
         self._offsets = [int(start) * lanes for start in starts]
         self.size = self._n_words * lanes
+        # Which tensor each word is of; a lone one needs none, and of those a fold draws hundreds, most of one size.
         self._tensor: Tensor | None = None
+        self._counter = _counted(self._n_words, self.device)
         if len(shapes) > 1:
-            self._tensor = torch.repeat_interleave(torch.arange(len(shapes)), words).to(self.device)
-            self._counter = (torch.arange(self._n_words) - starts.repeat_interleave(words)).to(self.device)
+            self._tensor = torch.repeat_interleave(torch.arange(len(shapes)), words).to(self.device, torch.int32)
+            self._counter = self._counter - starts.to(self.device).index_select(0, self._tensor)
 
     def draw(self, key: str) -> Tensor:
         """One flat tensor ``(size,)`` for this key; `views` cuts it. Elements between two views are unused."""
-        given = self.streams(key)
-        return self.drawn(given if self._tensor is None else onto(given, self.device))
+        return self.drawn(onto(self.streams(key), self.device))
 
     def streams(self, key: str) -> Tensor:
         """What `drawn` makes the draw of this key from: int64 ``(2, tensors)`` on the CPU."""
@@ -93,11 +94,16 @@ class NoiseBlock:
         ]
 
     def _words(self, starts: Tensor, gammas: Tensor) -> Tensor:
-        if self._tensor is None:
-            words = torch.arange(self._n_words, device=self.device).mul_(gammas[0]).add_(starts[0])
-        else:
-            words = gammas[self._tensor].mul_(self._counter).add_(starts[self._tensor])
-        return _mix_(words)
+        if self._tensor is not None:
+            starts, gammas = (each.index_select(0, self._tensor) for each in (starts, gammas))
+        return _mix_(torch.addcmul(starts, gammas, self._counter))
+
+
+@lru_cache(maxsize=4)
+def _counted(words: int, device: torch.device) -> Tensor:
+    """``0 .. words - 1``, int64; not to be written to."""
+    with torch.inference_mode(False):
+        return torch.arange(words, device=device)
 
 
 def hashes(names: Sequence[str]) -> np.ndarray:
@@ -151,7 +157,7 @@ def _mix_(x: Tensor) -> Tensor:
 
 
 def _bits16(words: Tensor) -> Tensor:
-    return words.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    return words.view(torch.uint16).to(torch.int32)
 
 
 def _normal(words: Tensor) -> Tensor:
