@@ -73,14 +73,16 @@ class Stage:
         self._directions = torch.zeros(max(1, directions), layout.size, device=device)
         self._shift = torch.zeros(blocks, layout.size, device=device)
         places = dict(zip(self._states, layout.views(torch.arange(layout.size)), strict=True))
-        self._products = list(dict.fromkeys(s.product for s in self._states if not isinstance(s, Vector)))
-        matrices = [_order(product, places, layout.size).flatten() for product in self._products]
+        products = list(dict.fromkeys(state.product for state in self._states if not isinstance(state, Vector)))
+        matrices = [_order(product, places, layout.size).flatten() for product in products]
         vectors = [places[state] for state in self._states if isinstance(state, Vector)]
         self._matrix_order = torch.cat(matrices).to(device) if matrices else None
         self._vector_order = torch.cat(vectors).to(device) if vectors else None
         self._factors = torch.zeros(blocks, sum(map(len, matrices)), dtype=dtype, device=device)
         self._shown = torch.zeros(blocks, sum(map(len, vectors)), device=device)
         self._views = self._seen(layout, directions)
+        parts = zip(products, self._factors.split(list(map(len, matrices)), dim=1), strict=True)
+        self._multiplied = {product: part.unflatten(1, product.shape) for product, part in parts}
 
     def _seen(self, layout: NoiseBlock, directions: int) -> list[Any]:
         """What each site sees, in order: a `MatrixView`, or a vector's shift, float32 ``(blocks, n)``."""
@@ -102,10 +104,8 @@ class Stage:
                 state.shift = view if state.moves else view[:1]
             else:
                 state.shown = view
-        shapes = [product.shape for product in self._products]
-        factors = self._factors.split([rows * out for rows, out in shapes], dim=1)
-        for product, flat, shape in zip(self._products, factors, shapes, strict=True):
-            product.factors = flat.unflatten(1, shape)
+        for product, factors in self._multiplied.items():
+            product.factors = factors
 
     def take(self, probes: Sequence[Probe], keys: Sequence[DirectionKey]) -> dict[DirectionKey, Tensor]:
         """Take this step's probes, which `show` then shows.
