@@ -41,7 +41,10 @@ def measure(pid: int, case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def case(batch: int, model: str = "a", **more: Any) -> dict[str, Any]:
