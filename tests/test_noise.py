@@ -227,3 +227,9 @@ def test_neighbours_within_a_tensor_are_independent(distribution: Distribution) 
     for y in (x, (x.square() - 1) / math.sqrt(2)):
         z = torch.stack([(y[:n] * y[lag : lag + n]).sum() / math.sqrt(n) for lag in lags])
         assert z.abs().max() < LIMIT
+
+
+def test_a_lone_tensor_costs_no_memory_between_draws() -> None:
+    block = NoiseBlock(["weight"], [(300, 200)])
+    block.draw("key")
+    assert not [name for name, value in vars(block).items() if torch.is_tensor(value)]

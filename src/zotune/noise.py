@@ -67,12 +67,10 @@ class NoiseBlock:
         self._n_words = int(words.sum())
         self._offsets = [int(start) * lanes for start in starts]
         self.size = self._n_words * lanes
-        # Which tensor each word is of; a lone one needs none, and of those a fold draws hundreds, most of one size.
         self._tensor: Tensor | None = None
-        self._counter = _counted(self._n_words, self.device)
         if len(shapes) > 1:
             self._tensor = torch.repeat_interleave(torch.arange(len(shapes)), words).to(self.device, torch.int32)
-            self._counter = self._counter - starts.to(self.device).index_select(0, self._tensor)
+            self._counter = (torch.arange(self._n_words) - starts.repeat_interleave(words)).to(self.device)
 
     def draw(self, key: str) -> Tensor:
         """One flat tensor ``(size,)`` for this key; `views` cuts it. Elements between two views are unused."""
@@ -94,16 +92,13 @@ class NoiseBlock:
         ]
 
     def _words(self, starts: Tensor, gammas: Tensor) -> Tensor:
-        if self._tensor is not None:
+        if self._tensor is None:
+            # Counted anew, because a lone tensor may be as large as a weight, and a block of every weight is kept.
+            counter = torch.arange(self._n_words, device=self.device)
+        else:
             starts, gammas = (each.index_select(0, self._tensor) for each in (starts, gammas))
-        return _mix_(torch.addcmul(starts, gammas, self._counter))
-
-
-@lru_cache(maxsize=4)
-def _counted(words: int, device: torch.device) -> Tensor:
-    """``0 .. words - 1``, int64; not to be written to."""
-    with torch.inference_mode(False):
-        return torch.arange(words, device=device)
+            counter = self._counter
+        return _mix_(torch.addcmul(starts, gammas, counter))
 
 
 def hashes(names: Sequence[str]) -> np.ndarray:

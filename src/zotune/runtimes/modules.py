@@ -102,7 +102,7 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
     for name, parameter in model.named_parameters():
         if id(parameter) not in text:
             continue
-        owner, routed = owners[id(parameter)], _is_routed(name)
+        owner, routed = owners[id(parameter)], is_routed(name)
         linear = isinstance(owner, nn.Linear | Conv1D) and parameter is owner.weight and not routed
         if lora and not (linear and ".lora_" in name):
             continue
@@ -166,7 +166,7 @@ def left_out(model: PreTrainedModel, layout: Layout) -> list[str]:
     for name, parameter in model.named_parameters():
         if id(parameter) not in text:
             towers[name] = parameter.numel()
-        elif name not in sites and parameter.dim() > 1 and (_is_routed(name) or not _is_plain(owners[id(parameter)])):
+        elif name not in sites and parameter.dim() > 1 and (is_routed(name) or not _is_plain(owners[id(parameter)])):
             experts[name] = parameter.numel()
     told = (
         (experts, "are matrices but no linear layers that see every token (experts, routers) and stay as they are"),
@@ -203,7 +203,7 @@ def _text_parameters(model: PreTrainedModel) -> set[int]:
     return {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
 
 
-def _is_routed(name: str) -> bool:
+def is_routed(name: str) -> bool:
     """Whether a module or parameter belongs to one expert of several, which sees the tokens routed to it only."""
     return "experts" in name.split(".")
 
@@ -368,7 +368,7 @@ def wrap(model: PreTrainedModel, states: Mapping[str, Any], shape: Shape) -> Non
 
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        if _is_routed(name):
+        if is_routed(name):
             continue
         weight, bias = (state(module._parameters.get(part)) for part in ("weight", "bias"))
         if module is head:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zotune.runtimes.modules import Shape, TunedLinear, decays
+from zotune.runtimes.modules import Shape, TunedLinear, decays, is_routed
 from zotune.runtimes.skinny import side_by_side
 
 
@@ -92,7 +92,7 @@ def _called_in_turn(model: PreTrainedModel) -> list[list[nn.Linear]]:
     linear = [
         each
         for name, each in model.named_modules()
-        if type(each) is nn.Linear and each is not head and "experts" not in name.split(".")
+        if type(each) is nn.Linear and each is not head and not is_routed(name)
     ]
     hooks = [layer.register_forward_pre_hook(called) for layer in linear]
     tokens = torch.arange(2, device=model.device).unsqueeze(0)

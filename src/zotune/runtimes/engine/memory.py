@@ -90,10 +90,11 @@ def factor_bytes(settings: Mapping[str, Any], itemsize: int, *, packs: bool) -> 
     for _, shape, *_ in settings["sites"]:
         out, width = (*shape, 1)[:2]
         vectors = out if len(shape) == 1 else rank * out
-        # float32: the update, every direction drawn and V; in the model's dtype: what the layers multiply by.
+        # float32: the update, every direction drawn and V; in the model's dtype: what the layers multiply by, with a V
+        # for every column.
         total += 4 * (columns + (method["momentum"] > 0)) * vectors + itemsize * columns * vectors
         if len(shape) == 2:
-            total += (4 + itemsize) * rank * width
+            total += (4 + itemsize * columns) * rank * width
             total += itemsize * out * width * packs
             total += 4 * out * width * (settings["fold"] == "master")
     return total

@@ -154,12 +154,15 @@ class TunedVector:
 
     def seen(self, stored: Tensor, tokens: int) -> Tensor:
         """What the first tokens see of what is ``stored``, float32 ``(n,)``: float32 ``(tokens, n)``."""
-        # There are few mixtures and many tokens, so every mixture is worked out once and looked up.
-        return torch.addmm(stored, self.mix.mixtures, self.phi).index_select(0, self.mix.which[:tokens])
+        return self._looked_up(torch.addmm(stored, self.mix.mixtures, self.phi), tokens)
 
     def shift(self, tokens: int) -> Tensor:
         """What the first tokens see besides what is stored, float32 ``(tokens, n)``."""
-        return (self.mix.mixtures @ self.phi).index_select(0, self.mix.which[:tokens])
+        return self._looked_up(self.mix.mixtures @ self.phi, tokens)
+
+    def _looked_up(self, of_mixtures: Tensor, tokens: int) -> Tensor:
+        # There are few mixtures and many tokens, so every mixture is worked out once.
+        return of_mixtures.index_select(0, self.mix.which[:tokens])
 
 
 class TunedMatrix:

@@ -196,31 +196,31 @@ class Tuner:
     ) -> tuple[np.ndarray, np.ndarray]:
         with self._timed("draw"):
             self.space.probe(probes)
-            mixtures = self.space.numbers(probes)
+            numbers = self.space.numbers(probes)
         parts = [
-            self._forward(rows[part], mixtures, whole) for part in cut(costs, self.engine.max_tokens // len(probes))
+            self._forward(rows[part], numbers, whole) for part in cut(costs, self.engine.max_tokens // len(probes))
         ]
         logits, normalisers = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
         return logits, normalisers
 
-    def _forward(self, rows: Sequence[Prepared], mixtures: Tensor, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _forward(self, rows: Sequence[Prepared], numbers: Tensor, whole: bool) -> tuple[np.ndarray, np.ndarray]:
         with self._timed("pack"):
-            batch = Batch.of(rows, len(mixtures))
-            state = torch.from_numpy(batch.states).to(mixtures.device)
-            self.mix.show(mixtures[state])
+            batch = Batch.of(rows, len(numbers))
+            state = torch.from_numpy(batch.states).to(numbers.device)
+            self.mix.show(numbers[state])
         try:
             with self._timed("forward"):
                 hidden = self.engine.forward(batch.sequences)
         finally:
             self.mix.clear(len(state))
         with self._timed("head"):
-            return self._read(hidden, batch, mixtures, whole)
+            return self._read(hidden, batch, numbers, whole)
 
-    def _read(self, hidden: Tensor, batch: Batch, mixtures: Tensor, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, hidden: Tensor, batch: Batch, numbers: Tensor, whole: bool) -> tuple[np.ndarray, np.ndarray]:
         """Logits and normalisers of what the batch scores, under the mixtures of these numbers."""
-        probes = len(mixtures)
+        probes = len(numbers)
         kept = hidden[torch.from_numpy(batch.kept.ravel()).to(hidden.device)].float()
-        mix = self.mix.mixtures[mixtures].repeat_interleave(batch.kept.shape[1], dim=0)
+        mix = self.mix.mixtures[numbers].repeat_interleave(batch.kept.shape[1], dim=0)
         start, stop = self.head.owned.start, self.head.owned.stop
         owned = (batch.tokens >= start) & (batch.tokens < stop)
         local = batch.tokens[owned] - start
