@@ -26,7 +26,7 @@ from zotune.rows import Example
 from zotune.run import RunDirectory
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.blueprint import Blueprint
-from zotune.runtimes.modules import left_out
+from zotune.runtimes.sites import left_out
 
 News = Callable[[], Iterable[str]]
 """What has happened to a runtime since the last call, in a line each."""

@@ -5,7 +5,7 @@ import torch
 
 from zotune.bench import random_rows, shapes
 from zotune.errors import ConfigError
-from zotune.runtimes.modules import find_sites
+from zotune.runtimes.sites import find_sites
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,16 @@ class Run:
             self.runtime.team.tend()
             time.sleep(0.02)
 
+    def kill(self, *numbers: int) -> None:
+        """Kill replicas and go on until all are missed; a share as small as these can be done before one is asked."""
+        victims = [self.runtime.team.members[number] for number in numbers]
+        for victim in victims:
+            os.kill(victim.record.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 300
+        while any(victim in self.runtime.team.members.values() for victim in victims):
+            assert time.monotonic() < deadline, self.runtime.news()
+            self.take(1)
+
     def pid(self, number: int) -> int:
         return self.runtime.team.members[number].record.pid
 
@@ -103,14 +113,13 @@ def test_killed_replicas_are_replaced_and_nothing_else_changes(configure: Config
     """One of two or both, after one that was replaced with a checkpoint to start from."""
     with a_run(configure, replicas=2) as run:
         run.take(3)
-        os.kill(run.pid(1), signal.SIGKILL)
-        run.take(3)
+        run.kill(1)
+        run.take(2)
         run.save()
         run.wait_for(2)
         run.take(1)
-        for number in killed:
-            os.kill(run.pid(number), signal.SIGKILL)
-        run.take(3)
+        run.kill(*killed)
+        run.take(2)
         run.wait_for(2)
         run.take(1)
         news = run.runtime.news()
@@ -228,7 +237,7 @@ def _change_a_weight(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_thirty_kills_in_three_hundred_steps(configure: Configure) -> None:
-    """Random replicas at random moments, some while they start or all at once; processes are started anew each time."""
+    """A replica drawn by chance, every ten steps; processes are started anew each time."""
     chance = random.Random(6)
     with a_run(configure, replicas=2, check_every=50) as run:
         first = median(each.started for each in run.runtime.team.members.values())
@@ -237,8 +246,7 @@ def test_thirty_kills_in_three_hundred_steps(configure: Configure) -> None:
             run.take(1)
             if step % 10 == 9:
                 number = chance.choice(list(run.runtime.team.members))
-                os.kill(run.pid(number), signal.SIGKILL)
-                run.take(1 if step < 299 else 0)
+                run.kill(number)
                 run.wait_for(2)
                 recoveries.append(run.runtime.team.members[number].started)
             if step % 100 == 99:

@@ -8,7 +8,8 @@ from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe
 from zotune.runtimes.crown import Crown
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.modules import Shape, decoder_layers
+from zotune.runtimes.modules import Shape
+from zotune.runtimes.sites import decoder_layers
 from zotune.testing import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

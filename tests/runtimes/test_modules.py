@@ -1,6 +1,5 @@
 import copy
 import re
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from zotune.protocol import CLEAN, DirectionKey, Probe
 from zotune.runtimes import modules, norms
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.mixture import Vector
-from zotune.runtimes.modules import Shape, TunedNorm, find_sites
+from zotune.runtimes.modules import Shape, TunedNorm
+from zotune.runtimes.sites import find_sites
 from zotune.testing import oracle, tiny
 from zotune.testing.oracle import DenseOracle
 
@@ -216,7 +216,9 @@ NORMS = [
 
 @pytest.mark.parametrize("known", [False, True], ids=["by its forward", "by its formula"])
 @pytest.mark.parametrize(("make", "offset"), NORMS)
-def test_norms_show_every_block_its_own_gain_and_bias(make: Any, offset: float, known: bool) -> None:
+def test_norms_show_every_block_its_own_gain_and_bias(
+    monkeypatch: pytest.MonkeyPatch, make: Any, offset: float, known: bool
+) -> None:
     norm, generator = make(), torch.Generator().manual_seed(0)
     for parameter in norm.parameters():
         parameter.data.add_(torch.randn(16, generator=generator), alpha=0.3)
@@ -226,12 +228,14 @@ def test_norms_show_every_block_its_own_gain_and_bias(make: Any, offset: float, 
     for name, state in states.items():
         state.shift = shifts[name]
     x = torch.randn(1, blocks * tokens, 16, generator=generator)
-    tuned = TunedNorm(norm, states["weight"], states.get("bias"), Shape(blocks, blocks * tokens))
-    assert tuned.offset == offset
     centred = isinstance(norm, nn.LayerNorm)
-    assert tuned.formula == norms.Formula(centred, float(getattr(norm, "variance_epsilon", 0) or norm.eps), offset)
+    formula = norms.Formula(centred, float(getattr(norm, "variance_epsilon", 0) or norm.eps), offset)
+    assert norms.formula(norm) == formula
+    assert norms.gain_offset(norm) == offset
     if not known:
-        tuned.formula = None
+        monkeypatch.setattr(norms, "formula", lambda module: None)
+    tuned = TunedNorm(norm, states["weight"], states.get("bias"), Shape(blocks, blocks * tokens))
+    assert tuned.formula == (formula if known else None)
     before = x.clone()
     output = tuned(x)
     assert torch.equal(x, before)
@@ -250,7 +254,7 @@ def test_a_norm_of_another_kind_has_no_formula() -> None:
 
     for norm in (Rooted(16), nn.RMSNorm(16, eps=None), nn.BatchNorm1d(16)):
         norm.eval()
-        assert norms.formula(norm, partial(modules._bare, norm)) is None  # type: ignore[arg-type]
+        assert norms.formula(norm) is None  # type: ignore[arg-type]
 
 
 def test_per_head_norms_find_the_axis_of_the_tokens() -> None:

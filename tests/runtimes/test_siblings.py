@@ -14,7 +14,8 @@ from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe, Update
 from zotune.runtimes import siblings
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.modules import TunedLinear, decoder_layers
+from zotune.runtimes.modules import TunedLinear
+from zotune.runtimes.sites import decoder_layers
 from zotune.testing import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

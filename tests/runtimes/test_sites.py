@@ -14,7 +14,7 @@ from zotune.errors import ModelError
 from zotune.models import automatic_class
 from zotune.protocol import CLEAN
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.modules import left_out
+from zotune.runtimes.sites import left_out
 from zotune.testing import conformance, tiny
 from zotune.testing.conformance import METHODS, Case, assert_close
 from zotune.testing.oracle import DenseOracle

@@ -8,7 +8,7 @@ import pytest
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN, DirectionKey, Probe
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.modules import decoder_layers
+from zotune.runtimes.sites import decoder_layers
 from zotune.testing import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import handshake, worker_settings
 from zotune.runtimes.engine.lifeline import Lifeline
 from zotune.runtimes.engine.runtime import EngineRuntime, Work
-from zotune.runtimes.modules import find_sites
+from zotune.runtimes.sites import find_sites
 
 
 def is_installed() -> bool:

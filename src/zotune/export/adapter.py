@@ -23,7 +23,7 @@ from zotune.export.recipe import Recipe
 from zotune.export.truncation import Truncation
 from zotune.layout import Site
 from zotune.runtimes.engine.slots import RANKS
-from zotune.runtimes.modules import find_sites
+from zotune.runtimes.sites import find_sites
 
 LARGEST = RANKS[-1]
 """The rank that an export does not go beyond unless it is told to: the largest that vLLM serves."""

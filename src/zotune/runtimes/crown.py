@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from zotune.runtimes.modules import Shape, decoder_layers
+from zotune.runtimes.modules import Shape
+from zotune.runtimes.sites import decoder_layers
 
 
 class Crown:

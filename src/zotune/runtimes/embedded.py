@@ -21,7 +21,7 @@ from zotune.layout import Layout, period
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
-from zotune.runtimes import attention, generation, graphs, heap, lora, modules, siblings
+from zotune.runtimes import attention, generation, graphs, heap, lora, modules, siblings, sites
 from zotune.runtimes.crown import Crown
 from zotune.runtimes.dense import DenseSpace
 from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
@@ -66,7 +66,7 @@ class EmbeddedRuntime:
         if method.lora_rank is not None:
             lora.add(model, method.lora_rank, method.lora_alpha, seed)
         together = siblings.find(model) if method.family == "low-rank" and method.lora_rank is None else []
-        self._weights = modules.find_sites(model, method.scope, lora=method.lora_rank is not None)
+        self._weights = sites.find_sites(model, method.scope, lora=method.lora_rank is not None)
         self.layout = Layout(tuple(self._weights))
         self.space: LowRankSpace | DenseSpace
         if method.family == "low-rank":

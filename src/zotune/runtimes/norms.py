@@ -14,7 +14,9 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from zotune.runtimes.own_forward import own_forward
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,38 @@ class Formula:
         return next(filter(fits, formulas), None)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation with an elementwise gain, by trying it.
+
+    That is: one gain, perhaps a bias, no other parameter, and the output is ``normed(x) * (gain + offset) + bias``.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    gain = own.get("weight")
+    if gain is None or gain.dim() != 1 or not set(own) <= {"weight", "bias"} or any(True for _ in module.children()):
+        return False
+    x = torch.linspace(-1, 2, 3 * len(gain), device=gain.device).view(1, 3, -1)
+    # Another gain and bias for every feature, so that a module that mixes features is found out.
+    tilt = torch.linspace(-1.3, 2.1, len(gain), device=gain.device)
+    bias = tilt.flip(0) if "bias" in own else None
+    try:
+        with torch.no_grad():
+            zero, one = (own_forward(module, torch.full_like(tilt, value))(x) for value in (0.0, 1.0))
+            normed, offset = one - zero, float(zero.abs().max() > 1e-3)
+            expected = normed * (tilt + offset) + (0.0 if bias is None else bias)
+            plain = torch.allclose(zero, offset * normed, atol=1e-5)
+            tilted = torch.allclose(own_forward(module, tilt, bias)(x), expected, atol=1e-5)
+            return plain and tilted and bool(normed.any())
+    except Exception:  # Whatever a foreign module raises when it is tried: it is not known to be a norm.
+        return False
+
+
+def gain_offset(module: Any) -> float:
+    """What a norm adds to its stored gain: 1 in Gemma's, which store it less one, and else 0."""
+    x = torch.linspace(-1, 2, 3 * len(module.weight), device=module.weight.device).view(1, 3, -1)
+    nothing = torch.zeros_like(module.weight.data, dtype=torch.float32)
+    return 1.0 if bool(own_forward(module, nothing)(x).abs().max() > 1e-3) else 0.0
+
+
 def normalised_(x: Tensor, centred: bool, eps: float) -> Tensor:
     """A float32 tensor with the mean square of its last axis at one, in place; see `Formula`."""
     if centred:
@@ -46,13 +80,8 @@ def normalised_(x: Tensor, centred: bool, eps: float) -> Tensor:
     return x.mul_(square.div_(x.shape[-1]).add_(eps).rsqrt_())
 
 
-def formula(module: Any, twin: Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]) -> Formula | None:
-    """The formula of a norm, found by trying it; None where none fits.
-
-    Args:
-        module: With a ``weight``, and perhaps a ``bias``.
-        twin: Gives its forward with another weight and bias.
-    """
+def formula(module: Any) -> Formula | None:
+    """The formula of a norm with a ``weight``, and perhaps a ``bias``, found by trying it; None where none fits."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, float):
         return None
@@ -62,7 +91,7 @@ def formula(module: Any, twin: Callable[[Tensor, Tensor | None], Callable[[Tenso
     # As small as sqrt(eps), so that where it stands counts.
     x = torch.linspace(-1, 2, 3 * len(stored), device=stored.device).sin().view(3, -1) * eps**0.5
     with torch.no_grad():
-        expected = twin(tilt, bias)(x)
+        expected = own_forward(module, tilt, bias)(x)
 
         def fits(tried: Formula) -> bool:
             y = shown(x, tilt, torch.zeros_like(tilt), bias, None, tried.centred, eps, tried.offset)

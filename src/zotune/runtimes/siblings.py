@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zotune.runtimes.modules import Shape, TunedLinear, decays, is_routed
+from zotune.runtimes.modules import Shape, TunedLinear
+from zotune.runtimes.sites import decays, is_routed
 from zotune.runtimes.skinny import side_by_side
 
 

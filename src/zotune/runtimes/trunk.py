@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zotune.layout import Layout, Site, period
-from zotune.runtimes.modules import Shape, decoder_layers
+from zotune.runtimes.modules import Shape
 from zotune.runtimes.packing import Pack
+from zotune.runtimes.sites import decoder_layers
 
 
 class Trunk:

@@ -6,7 +6,6 @@ quantised or replaced weight. Normalisations are plain tensor code, which a comp
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from zotune.errors import ModelError
 from zotune.runtimes.engine.tokenwise import Part, TokenMix, TunedMatrix, TunedTable, TunedVector
-from zotune.runtimes.norms import Formula, normalised_
+from zotune.runtimes.norms import Formula, normalised_, shown
+from zotune.runtimes.own_forward import own_forward
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,8 @@ class TableLayer(Layer):
     def _lookup(self, table: Tensor, ids: Tensor) -> Tensor:
         if self.base is not None:
             return F.embedding(ids, table)
-        twin = copy.copy(self.module)
-        twin.__dict__.pop("forward", None)
-        twin._parameters = {}
-        twin.__dict__["weight"] = table
-        return type(self.module).forward(twin, ids)
+        found: Tensor = own_forward(self.module, table)(ids)
+        return found
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits for the engine's own requests, which see the model without directions."""
@@ -203,10 +200,9 @@ class NormLayer(Layer):
             tolerance = (2e-2 if self._dtype != torch.float32 else 1e-4) * min(1.0, float(expected.abs().max()))
 
             def fits(tried: Formula) -> bool:
-                y = normalised_(x.to(torch.float32, copy=True), tried.centred, eps)
-                y.mul_(self._stored.float() + tried.offset)
-                y = y if self._stored_bias is None else y + self._stored_bias.float()
-                return torch.allclose(y, expected, atol=tolerance, rtol=2e-2)
+                affine = self._stored, torch.zeros(n, device=device), self._stored_bias, None
+                y = shown(x, *affine, tried.centred, eps, tried.offset)
+                return torch.allclose(y.float(), expected, atol=tolerance, rtol=2e-2)
 
             found = Formula.fitting(eps, fits)
         if found is None:

@@ -26,7 +26,7 @@ from zotune.runtimes.engine import checkpoint_layout, handshake, launch, shards,
 from zotune.runtimes.engine.bank import settled
 from zotune.runtimes.engine.batch import Prepared
 from zotune.runtimes.engine.lifeline import Lifeline
-from zotune.runtimes.modules import find_sites
+from zotune.runtimes.sites import find_sites
 
 _LEAST_TOKENS = 2048
 """Evaluations, too, are scored in forwards of so many tokens."""

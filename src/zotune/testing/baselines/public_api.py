@@ -35,8 +35,8 @@ from zotune.runtimes.engine import launch, worker_settings
 from zotune.runtimes.engine.slots import RANKS
 from zotune.runtimes.folding import Fold
 from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
-from zotune.runtimes.modules import find_sites
 from zotune.runtimes.move import Move
+from zotune.runtimes.sites import find_sites
 from zotune.testing.baselines.lora_slots import log_likelihoods, scoring, sequences
 
 _MOST_TOKENS = 2048
