@@ -67,6 +67,16 @@ def sentiment_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
 
 
 @pytest.fixture
+def everywhere_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors are stored beside the weights of tiny float32 layers, too, without columns that are not needed."""
+    from zotune.runtimes import appended
+
+    monkeypatch.setattr(appended, "pays", lambda dtype, device: True)
+    monkeypatch.setattr(appended, "_STEP", 1)
+    monkeypatch.setattr(appended, "_SHARE", 0)
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """On tiny models a second thread only waits."""
     import torch

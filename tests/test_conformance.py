@@ -1,6 +1,8 @@
 """The conformance suite on the embedded runtime, and on the oracle itself, which shows that the suite can be passed."""
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,10 @@ NUMBERS = (
     conformance.check_state,
 )
 """The checks that a method, rather than a model or the packing, can break."""
+
+
+WHOLE = (conformance.check_export, conformance.check_generate)
+"""Those that look at the model as a whole."""
 
 
 def identify(value: Any) -> str:
@@ -79,6 +85,19 @@ def test_embedded_everything(family: str, method: str, check: Check) -> None:
 def test_factors_that_are_filled_up_add_nothing(family: str, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skinny, "_ALIGNED", {"cpu": 8})
     check(Case(EmbeddedRuntime, family, METHODS["all"]))
+
+
+BESIDE = [
+    *itertools.product(("opt", "gpt2", "llama-tied", "qwen2", "gemma3"), ("all",), (1,), (*NUMBERS, *WHOLE)),
+    *itertools.product(("opt",), ("linear", "last-layers", "momentum", "decay"), (1,), NUMBERS),
+    *itertools.product(("opt", "llama-tied"), ("all",), (3,), NUMBERS),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "directions", "check"), BESIDE, ids=identify)
+@pytest.mark.usefixtures("everywhere_beside")
+def test_factors_beside_weights(family: str, method: str, directions: int, check: Check) -> None:
+    check(Case(EmbeddedRuntime, family, replace(METHODS[method], directions=directions)))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -69,7 +69,7 @@ def test_a_model_that_cannot_be_tried_has_none() -> None:
 @pytest.mark.parametrize("method", [Method(), Method(scope="linear"), Method(weight_decay=0.5)], ids=str)
 def test_together_gives_what_one_by_one_gives(family: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     together = EmbeddedRuntime(tiny.model(family), method)
-    monkeypatch.setattr(siblings, "find", lambda model: [])
+    monkeypatch.setattr(siblings, "find", lambda model, room: [])
     alone = EmbeddedRuntime(tiny.model(family), method)
     assert together.fingerprint == alone.fingerprint
     for runtime in (together, alone):

@@ -80,7 +80,9 @@ def _time(session: Session, probes: int, step: float) -> Time:
 def _memory(session: Session, probes: int, measured: int) -> Memory:
     model = session.runtime.model  # type: ignore[attr-defined]
     text = model.config.get_text_config()
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    stored = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    # What is stored beside weights as well.
+    held = {storage.data_ptr(): storage.nbytes() for storage in stored}
     longest = sorted(session.data.train, key=lambda example: example.row.n_tokens)[-session.order.batch_size :]
     runtime = session.config.runtime
     tokens = min(probes * _tokens(longest), max(runtime.max_tokens, longest[-1].row.n_tokens))

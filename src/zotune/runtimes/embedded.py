@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from zotune.layout import Layout, period
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
-from zotune.runtimes import attention, generation, graphs, heap, lora, modules, siblings, sites
+from zotune.runtimes import appended, attention, generation, graphs, heap, lora, modules, siblings, sites
 from zotune.runtimes.crown import Crown
 from zotune.runtimes.dense import DenseSpace
 from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
@@ -65,9 +66,14 @@ class EmbeddedRuntime:
         self.fingerprint = fingerprint(model)
         if method.lora_rank is not None:
             lora.add(model, method.lora_rank, method.lora_alpha, seed)
-        together = siblings.find(model) if method.family == "low-rank" and method.lora_rank is None else []
-        self._weights = sites.find_sites(model, method.scope, lora=method.lora_rank is not None)
-        self.layout = Layout(tuple(self._weights))
+        find_sites = partial(sites.find_sites, model, method.scope, lora=method.lora_rank is not None)
+        self.layout = Layout(tuple(find_sites()))
+        self._siblings: list[siblings.Siblings] = []
+        if method.family == "low-rank":
+            tuned = {site.name for site in self.layout.sites}
+            self._siblings = siblings.find(model, partial(appended.room, tuned=tuned, method=method))
+        # Once more, because siblings' weights are stored elsewhere now.
+        self._weights = find_sites()
         self.space: LowRankSpace | DenseSpace
         if method.family == "low-rank":
             product = product_dtype(model.dtype, model.device.type)
@@ -82,8 +88,9 @@ class EmbeddedRuntime:
         self._shape = modules.Shape()
         self._crown = Crown(model, self._shape)
         modules.wrap(model, {site.name: state for site, state in self.space.sites.items()}, self._shape)
-        for each in together:
-            each.wrap(self._shape)
+        for each in self._siblings:
+            each.wrap(self._shape, method.directions)
+        self._directions = method.directions if any(each.room for each in self._siblings) else math.inf
         self._trunk = Trunk(model, self.layout, self._shape)
         self._attention_before = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
@@ -100,12 +107,19 @@ class EmbeddedRuntime:
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
         """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
         costs = [self._cost(row, normalised) for row in rows]
-        together = max(1, min(len(probes), self.max_tokens // max(costs)))
-        scores = [
-            self._score_blocks(probes[at : at + together], rows, costs, normalised)
-            for at in range(0, len(probes), together)
-        ]
-        return np.concatenate(scores)
+        together = self._together(probes, max(1, self.max_tokens // max(costs)))
+        return np.concatenate([self._score_blocks(part, rows, costs, normalised) for part in together])
+
+    def _together(self, probes: Sequence[Probe], most: int) -> Iterator[Sequence[Probe]]:
+        """Cut probes into parts of at most so many, of no more directions than there is room for."""
+        part: list[Probe] = []
+        for probe in probes:
+            directions = {each.key for each in (*part, probe)} - {None}
+            if len(part) == most or len(directions) > self._directions:
+                yield part
+                part = []
+            part.append(probe)
+        yield part
 
     def _score_blocks(
         self, probes: Sequence[Probe], rows: Sequence[Row], costs: Sequence[int], normalised: bool
@@ -240,6 +254,8 @@ class EmbeddedRuntime:
         """Give the model back its own forwards and attention."""
         self._trunk.close()
         modules.unwrap(self.model)
+        for each in self._siblings:
+            each.close()
         self.model.set_attn_implementation(self._attention_before)
 
     @contextmanager

@@ -63,9 +63,9 @@ class LowRankMatrix:
         return taken
 
     @property
-    def rows(self) -> int:
-        """Factors of an output: B, a direction, and as much of a bias."""
-        return 2 * self.update.shape[1] + (0 if self.bias is None else 2)
+    def width(self) -> int:
+        """Factors of an output that each term has: as many as its rank, and one of a bias."""
+        return self.update.shape[1] + (self.bias is not None)
 
     def open_window(self, v: Tensor) -> None:
         """Take the window's V, float32 ``(in, r)``."""

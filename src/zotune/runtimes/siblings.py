@@ -1,51 +1,73 @@
 """Siblings: linear layers that take the same input, such as queries, keys and values, computed as one product.
 
-Which they are is found by letting the model run. Their weights are stored one below the other, and each layer's
-parameters are views of that.
+Which they are is found by letting the model run. Their weights are stored one below the other, perhaps with room for
+factors beside them, and each layer's parameters are views of that.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from zotune.runtimes.appended import AppendedProduct
 from zotune.runtimes.modules import Shape, TunedLinear
 from zotune.runtimes.sites import decays, is_routed
-from zotune.runtimes.skinny import side_by_side
+from zotune.runtimes.skinny import SkinnyProduct
+
+Room = Callable[[Sequence[nn.Linear], Sequence[str]], int]
+"""Columns of room for linear layers of these names that take the same input."""
 
 
 class Siblings:
     """Linear layers of one input, in the order in which they are called.
 
     Args:
-        layers: At least two, whose weights, and biases if any, become views of what is stored together.
+        layers: Whose weights, and biases if any, become views of what is stored together; one alone if it has room.
+        room: Columns to store beside the weights for factors.
 
     Attributes:
         layers: The same.
+        room: The same.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self.layers = tuple(layers)
-        self._weight = _together([layer.weight for layer in layers])
+    def __init__(self, layers: Sequence[nn.Linear], room: int = 0) -> None:
+        self.layers, self.room = tuple(layers), room
+        self._stored = _together([layer.weight for layer in layers], room)
         self._bias = None if layers[0].bias is None else _together([layer.bias for layer in layers])
         self._widths = [layer.out_features for layer in layers]
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
-    def wrap(self, shape: Shape) -> None:
-        """Let layers that `zotune.runtimes.modules.wrap` wrapped one by one be one product."""
+    def wrap(self, shape: Shape, directions: int) -> None:
+        """Let layers that `zotune.runtimes.modules.wrap` wrapped one by one be one product.
+
+        Args:
+            shape: Shared with the runtime.
+            directions: Most that the blocks of a pack may see, where there is room for factors.
+        """
         alone: list[Any] = [layer.forward for layer in self.layers]
         tuned = [each.matrix for each in alone if each.matrix is not None]
         assert len(tuned) in (0, len(alone)), "no scope parts siblings"
-        self._joint = TunedLinear(self._weight, self._bias, side_by_side(tuned) if tuned else None, None, shape)
+        product: SkinnyProduct | None = None
+        if tuned:
+            product = AppendedProduct(tuned, self._stored, directions) if self.room else SkinnyProduct(tuned)
+            product.join()
+        weight = self._stored[:, : self.layers[0].in_features]
+        self._joint = TunedLinear(weight, self._bias, product, None, shape)
         for at, layer in enumerate(self.layers):
-            layer.__dict__["forward"] = partial(self._output, at)
+            layer.__dict__["forward"] = self._joint if len(self.layers) == 1 else partial(self._output, at)
+
+    def close(self) -> None:
+        """Give layers that have room beside their weights weights without it."""
+        if self.room:
+            _together([layer.weight for layer in self.layers])
 
     def _output(self, at: int, x: Tensor) -> Tensor:
         """The output of one layer, ``(..., out)``; the first that is called computes those of all."""
@@ -57,11 +79,16 @@ class Siblings:
         return y
 
 
-def find(model: PreTrainedModel) -> list[Siblings]:
+def find(model: PreTrainedModel, room: Room = lambda layers, names: 0) -> list[Siblings]:
     """The siblings of a model that is not wrapped yet, found by letting it read two tokens.
 
     Layers of experts, which do not see every token, and layers that share a weight or are called more than once are
     none.
+
+    Args:
+        model: Any causal language model.
+        room: How many columns to store beside the weights of layers with these names; a layer with some is taken
+            even where it is alone.
     """
     calls, names = _called_in_turn(model), {module: name for name, module in model.named_modules()}
     often = Counter(id(layer) for group in calls for layer in group)
@@ -74,7 +101,9 @@ def find(model: PreTrainedModel) -> list[Siblings]:
         return layer.weight.dtype, layer.weight.device, layer.bias is None, decays(names[layer])
 
     groups = [[layer for layer in group if fits(layer)] for group in calls]
-    return [Siblings(group) for group in groups if len(group) > 1 and len(set(map(kind, group))) == 1]
+    alike = [group for group in groups if len(set(map(kind, group))) == 1]
+    roomy = [(group, room(group, [names[layer] for layer in group])) for group in alike]
+    return [Siblings(group, columns) for group, columns in roomy if columns or len(group) > 1]
 
 
 def _called_in_turn(model: PreTrainedModel) -> list[list[nn.Linear]]:
@@ -108,9 +137,10 @@ def _called_in_turn(model: PreTrainedModel) -> list[list[nn.Linear]]:
     return calls
 
 
-def _together(parameters: Sequence[Tensor]) -> Tensor:
-    """What parameters hold, one below the other; they become views of it."""
-    stored = torch.cat([parameter.data for parameter in parameters])
+def _together(parameters: Sequence[Tensor], room: int = 0) -> Tensor:
+    """What parameters hold, one below the other, with columns of zeros beside them; they become views of it."""
+    held = torch.cat([parameter.data for parameter in parameters])
+    stored = F.pad(held, (0, room)) if room else held
     for parameter, view in zip(parameters, stored.split([len(each) for each in parameters]), strict=True):
-        parameter.data = view
+        parameter.data = view[:, : parameter.shape[1]] if room else view
     return stored

@@ -25,6 +25,7 @@ class SkinnyProduct:
 
     Args:
         members: The matrices, of the same width; weight decay leaves the same of each.
+        terms: Of a member's factors: B, and what a probe adds to it.
 
     Attributes:
         factors: ``(blocks, rows, out)`` in the products' dtype, once there was a probe: of every member B, then what a
@@ -33,22 +34,27 @@ class SkinnyProduct:
 
     factors: Tensor
 
-    def __init__(self, members: Sequence[LowRankMatrix]) -> None:
-        self.members = tuple(members)
+    def __init__(self, members: Sequence[LowRankMatrix], terms: int = 2) -> None:
+        self.members, self.terms = tuple(members), terms
         self._projectors: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows of ``factors``, with what fills them up for a GPU's products, and outputs."""
         step = _ALIGNED.get(self.members[0].update.device.type, 1)
-        needed = sum(member.rows for member in self.members)
-        return -(-needed // step) * step, sum(len(member.update) for member in self.members)
+        return -(-self.needed // step) * step, sum(len(member.update) for member in self.members)
+
+    @property
+    def needed(self) -> int:
+        """Rows of ``factors`` that are not filled up."""
+        return self.terms * sum(member.width for member in self.members)
 
     def parts(self) -> Iterator[tuple[LowRankMatrix, slice, slice]]:
         """Every member with its own rows of ``factors`` and its own outputs."""
         row, output = 0, 0
         for member in self.members:
-            rows, outputs = slice(row, row + member.rows), slice(output, output + len(member.update))
+            rows = slice(row, row + self.terms * member.width)
+            outputs = slice(output, output + len(member.update))
             yield member, rows, outputs
             row, output = rows.stop, outputs.stop
 
@@ -63,18 +69,23 @@ class SkinnyProduct:
         """
         keep = self.members[0].keep
         if not any(member.moves for member in self.members):
-            return _plain(x, weight, bias, keep)
+            return plain(x, weight, bias, keep)
         factors = self.factors
         if rows is not None or factors.dtype != x.dtype:
             (only,) = self.members
-            factors = F.pad(only.gathered(rows), (0, 0, 0, len(factors[0]) - only.rows)).to(x.dtype)
+            factors = F.pad(only.gathered(rows), (0, 0, 0, len(factors[0]) - self.needed)).to(x.dtype)
         projected = F.linear(x, *self.projector(x.dtype))
         if bias is not None:
-            return _plain(x, weight, bias, keep).baddbmm_(projected, factors)
+            return plain(x, weight, bias, keep).baddbmm_(projected, factors)
         # The large product is added to the small one before it is rounded: the other way round would round twice.
         y = projected @ factors
         y.flatten(0, 1).addmm_(x.flatten(0, 1), weight.T, alpha=keep)
         return y
+
+    def join(self) -> None:
+        """Be the members' product, before any probe."""
+        for member in self.members:
+            member.product = self
 
     def take(self, member: LowRankMatrix) -> None:
         """Take a member's V of the window that opens."""
@@ -83,7 +94,7 @@ class SkinnyProduct:
             self._project(projector, member)
 
     def projector(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """What turns inputs into factors, ``(rows, in)``: V for B, V for the directions; ones for bias shifts."""
+        """What turns inputs into factors, ``(rows, in)``: V for every term; and ones for bias shifts, or None."""
         if dtype not in self._projectors:
             # Ordinary tensors, which may be written to whether or not the next window opens in inference mode.
             with torch.inference_mode(False):
@@ -98,7 +109,7 @@ class SkinnyProduct:
     def _project(self, projector: Tensor, changed: LowRankMatrix) -> None:
         for member, rows, _ in self.parts():
             if member is changed:
-                projector[rows][: 2 * member.v.shape[1]].copy_(member.v.T.repeat(2, 1))
+                projector[rows][: self.terms * member.v.shape[1]].copy_(member.v.T.repeat(self.terms, 1))
 
     def _unit(self, projector: Tensor) -> Tensor | None:
         """What is added to the factors of any input: one for what a bias is shifted by; None without biases."""
@@ -107,21 +118,13 @@ class SkinnyProduct:
         unit = projector.new_zeros(len(projector))
         for member, rows, _ in self.parts():
             if member.bias is not None:
-                unit[rows][-2:] = 1.0
+                unit[rows][-self.terms :] = 1.0
         return unit
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, keep: float) -> Tensor:
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, keep: float) -> Tensor:
     """``keep * x W^T + bias``."""
     if keep == 1.0:
         return F.linear(x, weight, bias)
     y = F.linear(x, weight).mul_(keep)
     return y if bias is None else y.add_(bias)
-
-
-def side_by_side(matrices: Sequence[LowRankMatrix]) -> SkinnyProduct:
-    """One product for matrices that had one each, before any probe."""
-    product = SkinnyProduct(matrices)
-    for matrix in matrices:
-        matrix.product = product
-    return product

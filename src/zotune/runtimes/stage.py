@@ -17,6 +17,7 @@ from zotune.directions import LowRankDirections
 from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.protocol import DirectionKey, Probe
+from zotune.runtimes.appended import AppendedProduct, Beside
 from zotune.runtimes.mixture import Mixture, Vector
 from zotune.transfer import into
 
@@ -73,7 +74,10 @@ class Stage:
         self._directions = torch.zeros(max(1, directions), layout.size, device=device)
         self._shift = torch.zeros(blocks, layout.size, device=device)
         places = dict(zip(self._states, layout.views(torch.arange(layout.size)), strict=True))
-        products = list(dict.fromkeys(state.product for state in self._states if not isinstance(state, Vector)))
+        every = dict.fromkeys(state.product for state in self._states if not isinstance(state, Vector))
+        appended = [product for product in every if isinstance(product, AppendedProduct)]
+        self._beside = Beside(appended, self._states, layout, self._mix, dtype)
+        products = [product for product in every if not isinstance(product, AppendedProduct)]
         matrices = [_order(product, places, layout.size).flatten() for product in products]
         vectors = [places[state] for state in self._states if isinstance(state, Vector)]
         self._matrix_order = torch.cat(matrices).to(device) if matrices else None
@@ -106,6 +110,7 @@ class Stage:
                 state.shown = view
         for product, factors in self._multiplied.items():
             product.factors = factors
+        self._beside.enter()
 
     def take(self, probes: Sequence[Probe], keys: Sequence[DirectionKey]) -> dict[DirectionKey, Tensor]:
         """Take this step's probes, which `show` then shows.
@@ -122,6 +127,7 @@ class Stage:
         if pattern != self._pattern:
             # Almost every step mixes its directions as the one before did.
             self._mix.copy_(Mixture.of(probes, keys, self._shift.device))
+            self._beside.mix()
             self._pattern = pattern
         if keys:
             into(self._streams, torch.stack([self._drawing.streams(key) for key in keys]))
@@ -144,6 +150,7 @@ class Stage:
             # A block at a time, because a CPU gathers along one dimension alone four times as fast.
             for seen, factors in zip(both, self._factors, strict=True):
                 torch.index_select(seen, 0, self._matrix_order, out=factors)
+        self._beside.show(update, self._directions)
         if self._vector_order is not None:
             torch.index_select(self._shift, 1, self._vector_order, out=self._shown)
             self._shown.add_(update.index_select(0, self._vector_order))

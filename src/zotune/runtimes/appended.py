@@ -1,0 +1,170 @@
+"""Factors as further inputs of a layer, so that its output is written once.
+
+With ``P = x V``, and a weight that is stored with room for factors beside it, what `zotune.runtimes.lowrank` says of a
+linear layer is one product:
+
+    y_k = [x, mix[k, 0] P, ..., mix[k, q] P] [W, Phi_0, ..., Phi_q]^T
+
+A processor with 16-bit products computes them faster than it writes and reads outputs, so this is what it takes; with
+others, and where inputs are more than outputs, `zotune.runtimes.skinny` is as fast and needs no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zotune.noise import NoiseBlock
+from zotune.optimizer import Method
+from zotune.runtimes.mixture import Mixture, Vector
+from zotune.runtimes.precision import product_dtype
+from zotune.runtimes.skinny import SkinnyProduct, plain
+
+if TYPE_CHECKING:
+    from zotune.runtimes.lowrank import LowRankMatrix
+
+_STEP = 32
+"""Room is a multiple of so many columns, as processors' tiles and cache lines are."""
+
+_SHARE = 8
+"""Room is at most the inputs over this; what is to be computed grows as much."""
+
+
+class AppendedProduct(SkinnyProduct):
+    """The product of all blocks with matrices whose factors are stored beside their weights.
+
+    Args:
+        members: The matrices, of the same width, one below the other; weight decay leaves the same of each.
+        stored: ``(out, in + room)``: their weights, and room that is zero.
+        directions: Most that the blocks of a pack may see.
+
+    Attributes:
+        amounts: How much of its own columns each block takes, float32 ``(blocks, 1, room)``, once there was a probe.
+    """
+
+    amounts: Tensor
+
+    def __init__(self, members: Sequence[LowRankMatrix], stored: Tensor, directions: int) -> None:
+        super().__init__(members, terms=1 + directions)
+        self._stored = stored
+        self._inputs = len(self.members[0].v)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Columns of the room, and outputs."""
+        return self._stored.shape[1] - self._inputs, len(self._stored)
+
+    @property
+    def term_of(self) -> tuple[int, ...]:
+        """The term of each column of the room; one more than there are where a column is none's."""
+        used: list[int] = []
+        for member in self.members:
+            used += [term for term in range(self.terms) for _ in range(member.update.shape[1])]
+            used += range(self.terms) if member.bias is not None else ()
+        columns, _ = self.shape
+        return (*used, *[self.terms] * (columns - len(used)))
+
+    def beside(self, term: int) -> Iterator[tuple[LowRankMatrix | Vector, Tensor]]:
+        """Where a term's factors go: of every member, ``(out, r)``, and of its bias, ``(out,)``."""
+        for member, columns, outputs in self.parts():
+            own, rank = self._stored[outputs, self._inputs :][:, columns], member.update.shape[1]
+            yield member, own[:, term * rank : (term + 1) * rank]
+            if member.bias is not None:
+                yield member.bias, own[:, self.terms * rank + term]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """See `SkinnyProduct.linear`; ``rows`` are all."""
+        assert rows is None, "only a head is asked for some rows, and it is not stored like this"
+        keep = self.members[0].keep
+        if not any(member.moves for member in self.members):
+            return plain(x, weight, bias, keep)
+        projected = F.linear(x, *self.projector(x.dtype)).mul_(self.amounts)
+        if keep != 1.0:
+            projected.div_(keep)
+        return plain(torch.cat([x, projected], -1), self._stored, bias, keep)
+
+
+class Beside:
+    """What the blocks of a pack see beside all weights that have room; a part of a `zotune.runtimes.stage.Stage`.
+
+    Args:
+        products: That find their factors there.
+        states: Of all sites, in order.
+        layout: Of flat buffers.
+        mix: Of the blocks.
+        dtype: Of the weights.
+    """
+
+    def __init__(
+        self,
+        products: Sequence[AppendedProduct],
+        states: Sequence[LowRankMatrix | Vector],
+        layout: NoiseBlock,
+        mix: Mixture,
+        dtype: torch.dtype,
+    ) -> None:
+        self._products, self._mix = products, mix
+        self._amounts: dict[tuple[int, ...], Tensor] = {}
+        self._terms = torch.zeros(mix.weights.shape[1] if products else 0, layout.size, dtype=dtype)
+        self._places: list[Tensor] = []
+        self._shown: list[Tensor] = []
+        for number, term in enumerate(self._terms):
+            flat = dict(zip(states, layout.views(term), strict=True))
+            for state, place in chain.from_iterable(product.beside(number) for product in products):
+                self._places.append(place)
+                self._shown.append(flat[state])
+
+    def enter(self) -> None:
+        """Let every product take what these blocks take."""
+        for product in self._products:
+            terms = product.term_of
+            if terms not in self._amounts:
+                self._amounts[terms] = self._amounts_of(terms)
+            product.amounts = self._amounts[terms]
+
+    def mix(self) -> None:
+        """Take the numbers of another mixture."""
+        for terms, amounts in self._amounts.items():
+            amounts.copy_(self._amounts_of(terms))
+
+    def show(self, update: Tensor, directions: Tensor) -> None:
+        """Write B and the directions beside the weights; see `zotune.runtimes.stage.Stage.show`."""
+        if self._places:
+            self._terms[0].copy_(update)
+            self._terms[1:].copy_(directions[: len(self._terms) - 1])
+            # One call for hundreds of copies, each shorter than a call takes.
+            torch._foreach_copy_(self._places, self._shown)
+
+    def _amounts_of(self, terms: tuple[int, ...]) -> Tensor:
+        """Float32 ``(blocks, 1, columns)``, from the term of each column: nothing of one that is not there."""
+        weights = self._mix.weights
+        return F.pad(weights, (0, max(terms) + 1 - weights.shape[1]))[:, list(terms)].unsqueeze(1)
+
+
+def room(layers: Sequence[nn.Linear], names: Sequence[str], tuned: Collection[str], method: Method) -> int:
+    """How many columns to store beside the weights of layers that take the same input; 0 for none.
+
+    Args:
+        layers: Of one dtype and device.
+        names: Of the layers, in the model.
+        tuned: Names of the parameters that are tuned.
+        method: How directions look, and how many a step has.
+    """
+    first = layers[0]
+    if not pays(first.weight.dtype, first.weight.device.type) or f"{names[0]}.weight" not in tuned:
+        return 0
+    inputs, outputs = first.in_features, sum(layer.out_features for layer in layers)
+    biases = sum(f"{name}.bias" in tuned for name in names)
+    needed = (1 + method.directions) * (len(layers) * method.rank + biases)
+    columns = -(-needed // _STEP) * _STEP
+    return columns if inputs <= outputs and _SHARE * columns <= inputs else 0
+
+
+def pays(dtype: torch.dtype, device: str) -> bool:
+    """Whether a device's products of this dtype are so fast that writing their outputs once more counts."""
+    return device == "cpu" and dtype != torch.float32 and product_dtype(dtype, device) == dtype
