@@ -1,6 +1,8 @@
 import json
 import mmap
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,3 +157,31 @@ def test_padded_tokens() -> None:
 
 def test_the_peak_is_a_rate() -> None:
     assert 1e8 < work.matmul_peak(torch.float32, torch.device("cpu")) < 1e15
+
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+def pairs(*words: str) -> subprocess.CompletedProcess[str]:
+    script = str(CHECKOUT / "benchmarks" / "pairs.py")
+    return subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old", ["official", str(CHECKOUT)])
+def test_two_sides_in_turn(model: str, data: Path, old: str) -> None:
+    words = ["--model", model, "--data", str(data), "--dtype", "float32", "--batch-size", "2", "--threads", "1"]
+    done = pairs(old, str(CHECKOUT), *words, "--pairs", "3")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    low, high = found["quartiles"]
+    assert found["pairs"] == 3
+    assert 0 < low <= found["ratio"] <= high
+    assert min(found["old_s"], found["new_s"]) > 0
+
+
+@pytest.mark.parametrize("sides", [("official", "official"), ("official", "nowhere"), ("nowhere", str(CHECKOUT))])
+def test_a_side_that_is_no_checkout_is_named(sides: tuple[str, str]) -> None:
+    done = pairs(*sides)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: got {sides[0]} and {sides[1]}; give a checkout of zotune")
