@@ -44,7 +44,8 @@ class AppendedProduct(SkinnyProduct):
         directions: Most that the blocks of a pack may see.
 
     Attributes:
-        amounts: How much of its own columns each block takes, float32 ``(blocks, 1, room)``, once there was a probe.
+        amounts: How much of its own columns each block takes, ``(blocks, 1, room)``, once there was a probe; -1, 0 and
+            1, which are exact in any dtype, where probes of a direction are equally far.
     """
 
     amounts: Tensor
@@ -110,6 +111,7 @@ class Beside:
     ) -> None:
         self._products, self._mix = products, mix
         self._amounts: dict[tuple[int, ...], Tensor] = {}
+        self._scales = torch.ones(mix.weights.shape[1], 1)
         self._terms = torch.zeros(mix.weights.shape[1] if products else 0, layout.size, dtype=dtype)
         self._places: list[Tensor] = []
         self._shown: list[Tensor] = []
@@ -129,6 +131,7 @@ class Beside:
 
     def mix(self) -> None:
         """Take the numbers of another mixture."""
+        self._scales = self._mix.weights.abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
         for terms, amounts in self._amounts.items():
             amounts.copy_(self._amounts_of(terms))
 
@@ -136,14 +139,14 @@ class Beside:
         """Write B and the directions beside the weights; see `zotune.runtimes.stage.Stage.show`."""
         if self._places:
             self._terms[0].copy_(update)
-            self._terms[1:].copy_(directions[: len(self._terms) - 1])
+            torch.mul(directions[: len(self._terms) - 1], self._scales[1:], out=self._terms[1:])
             # One call for hundreds of copies, each shorter than a call takes.
             torch._foreach_copy_(self._places, self._shown)
 
     def _amounts_of(self, terms: tuple[int, ...]) -> Tensor:
-        """Float32 ``(blocks, 1, columns)``, from the term of each column: nothing of one that is not there."""
-        weights = self._mix.weights
-        return F.pad(weights, (0, max(terms) + 1 - weights.shape[1]))[:, list(terms)].unsqueeze(1)
+        """See `AppendedProduct.amounts`, from the term of each column: nothing of one that is not there."""
+        signs = self._mix.weights / self._scales.view(-1)
+        return F.pad(signs, (0, max(terms) + 1 - signs.shape[1]))[:, list(terms)].unsqueeze(1).to(self._terms.dtype)
 
 
 def room(layers: Sequence[nn.Linear], names: Sequence[str], tuned: Collection[str], method: Method) -> int:

@@ -205,7 +205,7 @@ def _attend(qkv: tuple[Tensor, ...], scaling: float | None, window: int | None, 
     if window is not None and window >= total:
         window = None
     if softcap is not None or _is_short(total, q.device):
-        return explicit(q, k, v, _mask(length, total, window, q.device), scaling, softcap)
+        return explicit(q, k, v, _hidden(length, total, window, q.device), scaling, softcap)
     grouped = q.shape[1] != k.shape[1]
     if window is None and length == total:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -218,7 +218,7 @@ def _is_short(keys: int, device: torch.device) -> bool:
 
 
 def explicit(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scaling: float | None, softcap: float | None = None
 ) -> Tensor:
     """Attention by two batched products, in float32 on a CPU.
 
@@ -226,7 +226,7 @@ def explicit(
         q: ``(rows, heads, length, width)``.
         k: ``(rows, key heads, total, width)``; ``v`` likewise.
         v: See ``k``.
-        mask: True where a query looks, bool, broadcast to ``(rows, heads, length, total)``.
+        hidden: See `additive`; float32, broadcast to ``(rows, heads, length, total)``.
         scaling: Factor of the scores; default ``width ** -0.5``.
         softcap: Scores pass through ``softcap * tanh(scores / softcap)``.
 
@@ -238,10 +238,11 @@ def explicit(
     # Query heads that share a key head are one longer product.
     folded = q.reshape(rows, shared, -1, width).to(dtype)
     scores = (folded @ k.mT.to(dtype)).float().view(rows, heads, length, -1)
-    scores.mul_(width**-0.5 if scaling is None else scaling)
+    scale = width**-0.5 if scaling is None else scaling
     if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1).to(dtype)
+        scores.mul_(scale / softcap).tanh_()
+        scale = softcap
+    weights = torch.add(hidden, scores, alpha=scale, out=scores).softmax(-1).to(dtype)
     attended = weights.view(rows, shared, -1, weights.shape[-1]) @ v.to(dtype)
     return attended.view(rows, heads, length, -1).to(v.dtype)
 
@@ -253,6 +254,16 @@ def _mask(length: int, total: int, window: int | None, device: torch.device) -> 
     seen = torch.arange(total, device=device)
     mask = seen <= at
     return mask if window is None else mask & (seen > at - window)
+
+
+def additive(mask: Tensor) -> Tensor:
+    """What a mask of where queries look adds to their scores, float32: 0 there, and minus infinity elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+@lru_cache(maxsize=256)
+def _hidden(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
+    return additive(_mask(length, total, window, device))
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:

@@ -216,7 +216,7 @@ def cached_attention(
     q = query[0].transpose(0, 1).unsqueeze(2).to(keys.dtype)
     seen = cache.seen(sliding_window)
     if softcap is not None:
-        out = attention.explicit(q, keys, values, seen, scaling, softcap)
+        out = attention.explicit(q, keys, values, attention.additive(seen), scaling, softcap)
     else:
         grouped = q.shape[1] != keys.shape[1]
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=scaling, enable_gqa=grouped)
