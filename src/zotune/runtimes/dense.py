@@ -39,6 +39,9 @@ class DenseMatrix:
         self._directions = directions
         self._mix = mix.weights.tolist()
 
+    def stage(self) -> None:
+        """Nothing is made ready: a direction is drawn where it is used."""
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """``x_k W_k^T + bias`` of every block; arguments as in `LowRankMatrix.linear`."""
         if not self.moves:

@@ -76,6 +76,10 @@ class LowRankMatrix:
         """``x_k W_k^T + bias`` of every block; see `SkinnyProduct.linear`."""
         return self.product.linear(x, weight, bias, rows)
 
+    def stage(self) -> None:
+        """See `SkinnyProduct.stage`."""
+        self.product.stage()
+
     def gathered(self, chosen: Tensor | None) -> Tensor:
         """The factors of some output rows, or of all, float32 ``(blocks, rows, out)``."""
         shift, outputs = self.shown.shift, slice(None) if chosen is None else chosen

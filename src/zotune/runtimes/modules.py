@@ -27,6 +27,10 @@ from zotune.runtimes.sites import is_routed
 class Product(Protocol):
     """What a linear layer needs of its matrix, or of all that are one product with it."""
 
+    def stage(self) -> None:
+        """Be ready for products in a layer's dtype with all rows, rather than for a head's."""
+        ...
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """Product of every block."""
         ...
@@ -92,6 +96,8 @@ class TunedLinear:
     ) -> None:
         self.weight, self.bias, self.matrix, self.shift, self.shape = weight, bias, matrix, shift, shape
         self.dtype = product_dtype(self.weight.dtype, self.weight.device.type)
+        if self.matrix is not None:
+            self.matrix.stage()
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(1, blocks * tokens, in)`` to ``(1, blocks * tokens, out)``."""

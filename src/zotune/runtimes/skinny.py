@@ -30,12 +30,13 @@ class SkinnyProduct:
     Attributes:
         factors: ``(blocks, rows, out)`` in the products' dtype, once there was a probe: of every member B, then what a
             probe adds to it, which in 16 bits their sum would round away; two more rows, alike, if it carries a bias.
+        staged: Whether a stage makes ``factors`` ready; a head, which is asked for some outputs, gathers those itself.
     """
 
     factors: Tensor
 
     def __init__(self, members: Sequence[LowRankMatrix], terms: int = 2) -> None:
-        self.members, self.terms = tuple(members), terms
+        self.members, self.terms, self.staged = tuple(members), terms, False
         self._projectors: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     @property
@@ -70,10 +71,7 @@ class SkinnyProduct:
         keep = self.members[0].keep
         if not any(member.moves for member in self.members):
             return plain(x, weight, bias, keep)
-        factors = self.factors
-        if rows is not None or factors.dtype != x.dtype:
-            (only,) = self.members
-            factors = F.pad(only.gathered(rows), (0, 0, 0, len(factors[0]) - self.needed)).to(x.dtype)
+        factors = self.factors if self.staged else self._gathered(rows)
         projected = F.linear(x, *self.projector(x.dtype))
         if bias is not None:
             return plain(x, weight, bias, keep).baddbmm_(projected, factors)
@@ -81,6 +79,15 @@ class SkinnyProduct:
         y = projected @ factors
         y.flatten(0, 1).addmm_(x.flatten(0, 1), weight.T, alpha=keep)
         return y
+
+    def _gathered(self, rows: Tensor | None) -> Tensor:
+        """The factors of some outputs, or of all, float32."""
+        (only,) = self.members
+        return F.pad(only.gathered(rows), (0, 0, 0, self.shape[0] - self.needed))
+
+    def stage(self) -> None:
+        """Be made ready by stages, because a linear layer multiplies by this."""
+        self.staged = True
 
     def join(self) -> None:
         """Be the members' product, before any probe."""

@@ -74,7 +74,8 @@ class Stage:
         self._directions = torch.zeros(max(1, directions), layout.size, device=device)
         self._shift = torch.zeros(blocks, layout.size, device=device)
         places = dict(zip(self._states, layout.views(torch.arange(layout.size)), strict=True))
-        every = dict.fromkeys(state.product for state in self._states if not isinstance(state, Vector))
+        owned = (state.product for state in self._states if not isinstance(state, Vector))
+        every = dict.fromkeys(product for product in owned if product.staged)
         appended = [product for product in every if isinstance(product, AppendedProduct)]
         self._beside = Beside(appended, self._states, layout, self._mix, dtype)
         products = [product for product in every if not isinstance(product, AppendedProduct)]
