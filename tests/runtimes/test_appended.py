@@ -47,9 +47,9 @@ def test_room_is_for_layers_that_are_no_wider_than_their_outputs(monkeypatch: py
     assert room(511) == 0, "outputs are cheaper to write twice"
     assert room(512, tuned="") == 0
     assert room(512, dtype=torch.float32) == 0
-    # Six terms of eight and two columns are 64 at most.
-    assert (room(512, directions=5, rank=8), room(512, directions=5, rank=9)) == (64, 64)
-    assert (room(512, directions=5, rank=10), room(512, directions=5, rank=10, tuned="w")) == (0, 64)
+    # Six terms, of as many columns as the rank and one for the bias; a quarter of the inputs is 128.
+    assert (room(512, directions=5, rank=9), room(512, directions=5, rank=10)) == (64, 96)
+    assert (room(512, directions=5, rank=21), room(512, directions=5, rank=21, tuned="w")) == (0, 128)
     monkeypatch.setattr(appended, "product_dtype", lambda dtype, device: torch.float32)
     assert room(512) == 0, "16-bit products are not what is computed"
 
