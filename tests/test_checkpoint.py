@@ -156,6 +156,18 @@ def test_a_checkpoint_of_an_earlier_step_than_there_are_is_not_dropped_at_once(f
     assert checkpoint.sound(folder, 25)
 
 
+def test_what_a_user_puts_beside_them_is_no_checkpoint_and_stays(folder: Path) -> None:
+    save(folder, 3, 6)
+    names = ("step-00000006.bak", "step-best", "step-", "step-6", "step-9", "step-0000000006", "step-\u0663")
+    for name in names:
+        shutil.copytree(folder / "step-00000003", folder / name)
+    (folder / "step-00000099").touch()
+    assert checkpoint.steps(folder) == [3, 6]
+    assert_newest_is(folder, 6)
+    save(folder, 12, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "step-00000012", "step-00000099"])
+
+
 def test_what_an_interrupted_save_leaves_is_ignored_and_replaced(folder: Path) -> None:
     save(folder, 3, 6)
     half = folder / ".step-00000009.part"

@@ -101,12 +101,13 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, sound or not, ascending."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    """The steps that have a checkpoint, sound or not, ascending; no name counts but what `save` gives."""
+    numbers = {int(n) for n in (path.name.removeprefix("step-") for path in folder.glob("step-*")) if n.isdecimal()}
+    return sorted(step for step in numbers if path_of(folder, step).is_dir())
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), reverse=True)
+    return [path_of(folder, step) for step in reversed(steps(folder))]
 
 
 def _sha256(tensors: Path, step: int, window: int) -> str:

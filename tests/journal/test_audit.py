@@ -251,3 +251,13 @@ def test_every_option_is_documented(command: str) -> None:
     assert selected.help
     assert [parameter.name for parameter in selected.params if not parameter.help] == []
     assert "as_json" in [parameter.name for parameter in selected.params]
+
+
+def test_what_a_user_puts_beside_checkpoints_is_none(run: Path) -> None:
+    for name in ("step-00000006.bak", "step-best"):
+        shutil.copytree(run / "checkpoints" / "step-00000006", run / "checkpoints" / name)
+    assert audit.verify(run).checkpoints == (3, 6)
+    assert audit.verify(run).sound
+    zotune.rollback(run, 3)
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"step-00000003", "step-00000006.bak", "step-best"}
