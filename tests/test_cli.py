@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -260,11 +261,14 @@ def test_an_unknown_model_is_a_line_not_a_traceback(config_file: Path, tmp_path:
     assert not (tmp_path / "my run").exists()
 
 
-def test_ctrl_c_ends_with_the_command_that_goes_on(config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["TMP/my run", "~/my run"])
+def test_ctrl_c_ends_with_the_command_that_goes_on(config_file: Path, tmp_path: Path, output: str) -> None:
     path = tmp_path / "my run"
     words = ["run", str(config_file), "--set", "train.steps=100000"]
+    words += ["--set", f"output={output.replace('TMP', str(tmp_path))}"]
     process = subprocess.Popen(
         [*PROGRAM, *words],
+        env={**os.environ, "HOME": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -99,6 +99,7 @@ def demo(
 
 def _train(path: Path, work: Callable[[Reporter], Summary], as_json: bool) -> None:
     """Train with live progress, then draw the picture and print the outcome."""
+    path = path.expanduser()
     console = Console(stderr=as_json)
     live = reporter(console)
     try:
