@@ -15,9 +15,10 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from zotune import cli, config
+from zotune import checkpoint, cli, config
 from zotune.cli.program import INTERRUPTED, USER_ERROR, Commands, print_json
 from zotune.errors import ConfigError
+from zotune.journal import Journal
 
 PROGRAM = [sys.executable, "-c", "from zotune.cli import main; main()"]
 
@@ -259,6 +260,31 @@ def test_an_existing_run_is_refused_and_resume_is_named(config_file: Path) -> No
 def test_an_unknown_model_is_a_line_not_a_traceback(config_file: Path, tmp_path: Path) -> None:
     refusal(invoke("run", config_file, "--set", f"model.path={tmp_path / 'nothing'}"))
     assert not (tmp_path / "my run").exists()
+
+
+@pytest.mark.parametrize("errors", ["apart", "into the same pipe"])
+def test_a_run_outlives_the_reader_of_its_output(config_file: Path, tmp_path: Path, errors: str) -> None:
+    words = ["run", str(config_file), "--set", "train.steps=40", "--set", "train.eval_every=1"]
+    with (tmp_path / "errors").open("w") as file:
+        process = subprocess.Popen(
+            [*PROGRAM, *words],
+            stdout=subprocess.PIPE,
+            stderr=file if errors == "apart" else subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("step 1/40"):
+            assert process.poll() is None
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+    path = tmp_path / "my run"
+    assert len(Journal.open(path / "journal.jsonl").entries) == 40
+    assert checkpoint.sound(path / "checkpoints", 40)
+    assert (path / "curves.png").exists()
+    told = (tmp_path / "errors").read_text().splitlines()
+    expected = "nobody reads the output any more; the run goes on, and Ctrl-C saves and ends it"
+    assert told.count(expected) == (errors == "apart")
+    assert "Traceback" not in "".join(told)
 
 
 @pytest.mark.parametrize("output", ["TMP/my run", "~/my run"])

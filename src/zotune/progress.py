@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -149,6 +151,29 @@ class Reporters:
                 f"the callback {type(reporter).__name__} failed at {event!r}: {type(error).__name__}: {error}. "
                 "The run has every finished step: mend the callback or leave it out, and resume."
             ) from error
+
+
+class LastingConsole(Console):
+    """A console that outlives its reader: once its pipe is closed, as by ``| head``, it is silent and ends nothing."""
+
+    def on_broken_pipe(self) -> None:
+        """Say so on stderr, and be quiet from here on."""
+        self.quiet = True
+        _discard(self.file)
+        try:
+            print(
+                "nobody reads the output any more; the run goes on, and Ctrl-C saves and ends it",
+                file=sys.stderr,
+                flush=True,
+            )
+        except BrokenPipeError:
+            _discard(sys.stderr)
+
+
+def _discard(stream: IO[str]) -> None:
+    """Send nowhere what a closed pipe did not take, or the process would fail when it flushes that at its end."""
+    with suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class TerminalReporter:

@@ -8,8 +8,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from zotune import learning_rate, stopping
 from zotune.config import Config
 from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun
@@ -17,7 +15,7 @@ from zotune.evaluate import Metrics
 from zotune.journal import Entry, Journal, read
 from zotune.journal.branches import open_run
 from zotune.presets import resolve
-from zotune.progress import Reporter, Reporters, TerminalReporter
+from zotune.progress import LastingConsole, Reporter, Reporters, TerminalReporter
 from zotune.run import RunDirectory, resolved
 from zotune.session import Session, restore
 from zotune.signals import Interrupted, Signals
@@ -69,7 +67,7 @@ def start(config: Config, reporter: Reporter | None = None, callbacks: Sequence[
     """
     RunDirectory(Path(config.output)).refuse_existing()
     config = resolved(config)
-    first = reporter or TerminalReporter(Console())
+    first = reporter or TerminalReporter(LastingConsole())
     reporter = _together(config, first, callbacks)
     with closing(Session.build(config)) as session:
         notices: list[str] = []
@@ -104,7 +102,7 @@ def resume(
             )
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
     notices: list[str] = []
-    reporter = _together(config, reporter or TerminalReporter(Console()), callbacks)
+    reporter = _together(config, reporter or TerminalReporter(LastingConsole()), callbacks)
     session, journal = restore(run, config, notice=notices.append)
     with closing(session):
         if len(journal.entries) > config.train.steps:

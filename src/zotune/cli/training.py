@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from zotune.cli.program import INTERRUPTED, TERMINATED, AsJson, RunPath, app, command_line, print_json
-from zotune.progress import Reporter, duration, percent, reporter
+from zotune.progress import LastingConsole, Reporter, duration, percent, reporter
 from zotune.signals import Terminated
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def demo(
 def _train(path: Path, work: Callable[[Reporter], Summary], as_json: bool) -> None:
     """Train with live progress, then draw the picture and print the outcome."""
     path = path.expanduser()
-    console = Console(stderr=as_json)
+    console = LastingConsole(stderr=as_json)
     live = reporter(console)
     try:
         summary = work(live)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zotune.cli.program import INTERRUPTED, AsJson, RunPath, app, command_line, print_json
-from zotune.progress import duration, percent, reporter
+from zotune.progress import LastingConsole, duration, percent, reporter
 
 if TYPE_CHECKING:
     from zotune.watching.sweep import Group, Row, Summary
@@ -28,7 +28,7 @@ def sweep(
     from zotune.watching import sweep as sweeps
 
     plan = sweeps.read(file)
-    console = Console(stderr=as_json)
+    console = LastingConsole(stderr=as_json)
     failures = None
     if not summary:
         try:
