@@ -91,7 +91,8 @@ def test_a_flipped_bit_of_the_tensors_is_found(folder: Path) -> None:
 
 
 def test_a_flipped_bit_of_the_description_never_changes_where_a_run_goes_on(folder: Path) -> None:
-    save(folder, 3, 6)
+    save(folder, 3)
+    checkpoint.save(folder, state(6), step=6, window=2, keep=9, journal="0123abcd")
     path = folder / "step-00000006" / "checkpoint.json"
     whole = path.read_bytes()
     for place in range(len(whole)):
@@ -141,6 +142,21 @@ def test_only_one_that_verifies_is_sound(folder: Path) -> None:
     save(folder, 3, 6)
     (folder / "step-00000006" / "checkpoint.json").write_text("{}")
     assert [checkpoint.sound(folder, step) for step in (3, 6, 9)] == [True, False, False]
+
+
+def test_one_of_another_run_is_named_and_passed_over(folder: Path) -> None:
+    for step, journal in ((3, None), (6, "own"), (9, "other"), (12, "other")):
+        checkpoint.save(folder, state(step), step=step, window=step // 3, keep=9, journal=journal)
+    own: dict[int, str] = {3: "own", 6: "own", 9: "own"}
+    notices: list[str] = []
+    found = checkpoint.newest(folder, upto=9, identity=own.get, notice=notices.append)
+    assert found is not None
+    assert found[0] == 6
+    expected = "is of another run and not used; an older one or the journal makes up for it"
+    assert notices == [f"the checkpoint {folder}/step-00000009 {expected}"]
+    # Earlier versions wrote no identity, and of a step that the journal does not have yet there is none.
+    assert [checkpoint.sound(folder, step, own.get) for step in (3, 6, 9, 12)] == [True, True, False, True]
+    assert checkpoint.newest(folder, upto=3, identity=own.get) is not None
 
 
 def test_the_best_stays_however_old_it_is(folder: Path) -> None:

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import zotune
-from zotune import cli, config
+from zotune import checkpoint, cli, config
 from zotune.cli.program import USER_ERROR
 from zotune.config import Config
 from zotune.errors import ConfigError, JournalError, ModelError, RunExistsError
 from zotune.evaluate import Metrics
-from zotune.journal import Journal
+from zotune.journal import Journal, audit
 from zotune.run import RunDirectory
 
 Configure = Callable[..., Config]
@@ -269,6 +269,27 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(run: Path) -> Non
     zotune.resume(run, seen)
     assert [notice for notice in seen.notices if "step-00000006 is damaged and not used" in notice]
     assert_same(saved(run), expected)
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(run: Path, configure: Configure, tmp_path: Path) -> None:
+    expected = saved(run)
+    train = {"steps": 6, "checkpoint_every": 3, "seed": 5}
+    other = zotune.start(configure(output="other", train=train, method={"interval": 3}), Recorder()).path
+    for step in (3, 6):
+        copy = run / "checkpoints" / f"step-0000000{step}"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(other / "checkpoints" / copy.name, copy)
+    assert audit.verify(run).checkpoints == (4,)
+    assert audit.verify(run).problems == tuple(f"the checkpoint of step {step} is of another run" for step in (3, 6))
+    assert_same(tiny_runs.restored(run), expected)
+    done = zotune.replay(run, tmp_path / "out")
+    assert done.comparison is not None
+    assert (done.comparison.step, done.comparison.same) == (4, True)
+    seen = Recorder()
+    zotune.resume(run, seen)
+    assert [notice for notice in seen.notices if "step-00000006 is of another run and not used" in notice]
+    assert_same(saved(run), expected)
+    assert checkpoint.sound(run / "checkpoints", 6, Journal.open(run / "journal.jsonl").identity)
 
 
 def test_evaluating_a_run_changes_nothing_and_gives_its_last_figures(run: Path) -> None:

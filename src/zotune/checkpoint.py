@@ -17,12 +17,22 @@ from torch import Tensor
 from zotune.durable import sync
 from zotune.errors import JournalError
 
+Identity = Callable[[int], str | None]
+"""What a run's journal says of its first so many steps, as `zotune.journal.Journal.identity`; None if it has fewer."""
+
 _TENSORS = "state.safetensors"
 _ABOUT = "checkpoint.json"
 
 
 def save(
-    folder: Path, state: Mapping[str, Tensor], *, step: int, window: int, keep: int, best: int | None = None
+    folder: Path,
+    state: Mapping[str, Tensor],
+    *,
+    step: int,
+    window: int,
+    keep: int,
+    best: int | None = None,
+    journal: str | None = None,
 ) -> Path:
     """Write the state after ``step`` finished steps as ``folder/step-N``, then drop what is not to be kept.
 
@@ -33,6 +43,7 @@ def save(
         window: The window of the next step.
         keep: How many to keep, the newest ones.
         best: The step whose checkpoint stays as well, however old it is.
+        journal: The identity of the steps that it is the state after, so that it counts in no other run. None: in any.
 
     Raises:
         JournalError: It cannot be written; the checkpoints that there were are as before.
@@ -43,7 +54,8 @@ def save(
     try:
         draft.mkdir(parents=True)
         save_file(dict(state), draft / _TENSORS)
-        about = {"step": step, "window": window, "sha256": _sha256(draft / _TENSORS, step, window)}
+        about: dict[str, Any] = {"step": step, "window": window} | ({"journal": journal} if journal else {})
+        about["sha256"] = _sha256(draft / _TENSORS, about)
         (draft / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
         for name in (_TENSORS, _ABOUT, "."):
             sync(draft / name)
@@ -64,33 +76,52 @@ def save(
 
 
 def newest(
-    folder: Path, *, upto: int | None = None, notice: Callable[[str], None] = lambda text: None
+    folder: Path,
+    *,
+    upto: int | None = None,
+    identity: Identity = lambda step: None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> tuple[int, int, dict[str, Tensor]] | None:
-    """Step, window and state of the newest checkpoint that verifies; None if there is none.
+    """Step, window and state of the newest sound checkpoint; None if there is none.
 
     Args:
         folder: Where checkpoints are.
         upto: Leave out those of later steps.
-        notice: Told of each that is damaged, in one line.
+        identity: Of the run's steps; without it, checkpoints of any run count.
+        notice: Told of each that is damaged or of another run, in one line.
     """
     for path in _newest_first(folder):
-        if (about := _verified(path)) is None:
-            notice(f"the checkpoint {path} is damaged and not used; an older one or the journal makes up for it")
-        elif upto is None or about["step"] <= upto:
+        about = _verified(path)
+        if (wrong := _fault(about, identity)) is not None:
+            notice(f"the checkpoint {path} is {wrong} and not used; an older one or the journal makes up for it")
+        elif about is not None and (upto is None or about["step"] <= upto):
             return about["step"], about["window"], load_file(path / _TENSORS)
     return None
 
 
-def sound(folder: Path, step: int) -> bool:
-    """Whether there is a checkpoint of this step, and it verifies."""
-    return _verified(path_of(folder, step)) is not None
+def sound(folder: Path, step: int, identity: Identity = lambda step: None) -> bool:
+    """Whether there is a checkpoint of this step, it verifies, and it is none of another run."""
+    return fault(folder, step, identity) is None
+
+
+def fault(folder: Path, step: int, identity: Identity) -> str | None:
+    """Why a step's checkpoint is not sound: it is ``damaged`` or ``of another run``; None if it is sound."""
+    return _fault(_verified(path_of(folder, step)), identity)
+
+
+def _fault(about: Mapping[str, Any] | None, identity: Identity) -> str | None:
+    if about is None:
+        return "damaged"
+    own, its = identity(about["step"]), about.get("journal")
+    # Earlier versions wrote no identity, and of steps that the journal does not have there is none.
+    return None if own is None or its is None or own == its else "of another run"
 
 
 def _verified(path: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself, if its digest confirms it."""
     try:
         about = json.loads((path / _ABOUT).read_text())
-        return about if about["sha256"] == _sha256(path / _TENSORS, about["step"], about["window"]) else None
+        return about if about["sha256"] == _sha256(path / _TENSORS, about) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -110,9 +141,12 @@ def _newest_first(folder: Path) -> list[Path]:
     return [path_of(folder, step) for step in reversed(steps(folder))]
 
 
-def _sha256(tensors: Path, step: int, window: int) -> str:
+def _sha256(tensors: Path, about: Mapping[str, Any]) -> str:
     """Digest of the tensors' file and of where they belong, so that damage to either shows."""
+    place = f"{about['step']}/{about['window']}"
+    if about.get("journal") is not None:
+        place += f"/{about['journal']}"
     with tensors.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    digest.update(f"{step}/{window}".encode())
+    digest.update(place.encode())
     return digest.hexdigest()

@@ -136,7 +136,7 @@ def restore(
         run: Where checkpoints and journal are.
         config: What the run was configured to do.
         step: At most the steps of the journal; default: all of them.
-        notice: Told which checkpoints are damaged; the journal makes up for them.
+        notice: Told which checkpoints are damaged or of another run; the journal makes up for them.
 
     Raises:
         JournalError: See `zotune.train.resume`.
@@ -147,7 +147,8 @@ def restore(
         journal.require(session.header())
         stop = len(journal.entries) if step is None else step
         done = 0
-        if (saved := checkpoint.newest(run.checkpoints, upto=stop, notice=notice)) is not None:
+        saved = checkpoint.newest(run.checkpoints, upto=stop, identity=journal.identity, notice=notice)
+        if saved is not None:
             done, window, state = saved
             session.runtime.load_state(state, window)
         session.replay(journal, done, stop)

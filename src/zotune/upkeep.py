@@ -32,7 +32,7 @@ class Upkeep:
         self.evaluations = run.evaluations(upto=len(journal.entries))
         self._evaluated_at = time.monotonic()
         done = len(journal.entries)
-        self._saved = done if checkpoint.sound(run.checkpoints, done) else None
+        self._saved = done if checkpoint.sound(run.checkpoints, done, journal.identity) else None
         known = run.recorded_steps()
         for entry in journal.entries:
             if entry.step + 1 not in known:
@@ -115,6 +115,7 @@ class Upkeep:
             window=self._session.optimizer.ask(done).window,
             keep=train.keep_checkpoints,
             best=stopping.best(self.evaluations),
+            journal=self._journal.identity(done),
         )
         self._saved = done
 

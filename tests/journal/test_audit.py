@@ -108,7 +108,7 @@ def test_what_does_not_belong_to_the_run_is_named(run: Path) -> None:
     assert audit.verify(run).problems == (
         "config.toml has method.interval = 5, but the journal 4",
         "config.toml has seed = 9, but the journal 0",
-        "the checkpoint of step 3 does not match its digest",
+        "the checkpoint of step 3 is damaged",
     )
     (run / "config.toml").write_text("output = 3")
     assert any("config.toml" in problem for problem in audit.verify(run).problems)

@@ -19,7 +19,7 @@ import zotune
 from zotune import config, journal
 from zotune.config import Config
 from zotune.errors import ConfigError, JournalError
-from zotune.journal import Change, branches
+from zotune.journal import Change, audit, branches
 from zotune.run import RunDirectory
 
 Configure = Callable[..., Config]
@@ -159,6 +159,9 @@ def test_a_branch_can_be_gone_back_to(run: Path, trained: Path) -> None:
     assert {name: content for name, content in contents(run).items() if name in other}.keys() >= {"journal.jsonl"}
     assert (run / "journal.jsonl").read_bytes() == other["journal.jsonl"]
     assert_same(restored(run), saved(run))
+    # The checkpoints of common steps, of before and of after the change are all its own.
+    assert audit.verify(run).sound
+    assert {3, 6, 9, 12} <= {*audit.verify(run).checkpoints}
 
 
 def test_what_a_user_put_into_a_branch_stays(run: Path) -> None:

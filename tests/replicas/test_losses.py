@@ -63,7 +63,8 @@ class Run:
     def save(self) -> None:
         step = len(self.journal.entries)
         window = self.session.optimizer.ask(step).window
-        checkpoint.save(self.directory.checkpoints, self.session.runtime.state(), step=step, window=window, keep=2)
+        state, own = self.session.runtime.state(), self.journal.identity(step)
+        checkpoint.save(self.directory.checkpoints, state, step=step, window=window, keep=2, journal=own)
 
     def wait_for(self, replicas: int) -> None:
         """Go on until so many are in step."""

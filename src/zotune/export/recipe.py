@@ -102,9 +102,10 @@ class Recipe:
 
     def runtime(self, model: Any) -> EmbeddedRuntime:
         """A runtime on the base model, as it was after the last step; errors as for `begin`."""
-        runtime, done = self.begin(model), 0
-        saved = self.checkpoints and checkpoint.newest(self.checkpoints, upto=len(self.journal.entries))
-        if saved:
+        runtime, done, journal = self.begin(model), 0, self.journal
+        if self.checkpoints and (
+            saved := checkpoint.newest(self.checkpoints, upto=len(journal.entries), identity=journal.identity)
+        ):
             done, window, state = saved
             runtime.load_state(state, window)
         for update in self.updates(done):

@@ -99,8 +99,10 @@ def verify(path: Path) -> Verdict:
     if path.is_dir():
         run = RunDirectory(path)
         problems += _configuration(run, contents)
-        sound, damaged = _checkpoints(run)
-        problems += [f"the checkpoint of step {step} does not match its digest" for step in damaged]
+        folder = run.checkpoints
+        faults = {step: checkpoint.fault(folder, step, contents.identity) for step in checkpoint.steps(folder)}
+        problems += [f"the checkpoint of step {step} is {fault}" for step, fault in faults.items() if fault]
+        sound = tuple(step for step, fault in faults.items() if not fault)
         notices += [f"the checkpoint of step {step} is ahead of the journal" for step in sound if step > steps]
     return Verdict(journal, contents.size, steps, sound, tuple(problems), tuple(notices))
 
@@ -141,10 +143,3 @@ def _configuration(run: RunDirectory, contents: Contents) -> list[str]:
         f"{run.config.name} has {name} = {value!r}, but the journal {began!r}"
         for name, (began, value) in differences(header, now).items()
     ]
-
-
-def _checkpoints(run: RunDirectory) -> tuple[tuple[int, ...], list[int]]:
-    """Steps whose checkpoints are sound, and those whose are not."""
-    steps = checkpoint.steps(run.checkpoints)
-    sound = tuple(step for step in steps if checkpoint.sound(run.checkpoints, step))
-    return sound, [step for step in steps if step not in sound]

@@ -128,6 +128,7 @@ class Contents(NamedTuple):
         sound: Length of that part in bytes.
         size: Length of the file in bytes.
         damage: Where it ends, unless that is the end of the file.
+        checks: CRC-32 of the header's line and those of the first so many steps, from 0.
     """
 
     header: Header
@@ -136,6 +137,15 @@ class Contents(NamedTuple):
     sound: int
     size: int
     damage: Damage | None
+    checks: list[int]
+
+    def identity(self, step: int) -> str | None:
+        """What tells the first ``step`` steps from those of other runs; None if there are fewer.
+
+        Branches have it in common for steps that they share. A change of settings does not count: no earlier step needs
+        it, and what it does to a later one is on record there.
+        """
+        return f"{self.checks[step]:08x}" if step < len(self.checks) else None
 
     def records(self, stop: int) -> list[Header | Entry | Change]:
         """The records up to ``stop`` steps in the order of the file, a change that holds from there on included."""
@@ -185,7 +195,7 @@ def scan(path: Path) -> Contents:
     header = _header(path, lines[0] if lines else b"")
     entries: list[Entry] = []
     changes: list[Change] = []
-    sound, damage = len(lines[0]), None
+    sound, damage, checks = len(lines[0]), None, [zlib.crc32(lines[0])]
     for number, text in enumerate(lines[1:], start=2):
         record = _record(text, len(entries))
         if isinstance(record, str):
@@ -193,10 +203,11 @@ def scan(path: Path) -> Contents:
             break
         if isinstance(record, Entry):
             entries.append(record)
+            checks.append(zlib.crc32(text, checks[-1]))
         else:
             changes.append(record)
         sound += len(text)
-    return Contents(header, entries, changes, sound, sum(map(len, lines)), damage)
+    return Contents(header, entries, changes, sound, sum(map(len, lines)), damage, checks)
 
 
 def header_at(header: Header, changes: Sequence[Change], step: int) -> Header:

@@ -109,7 +109,8 @@ def _elsewhere(recipe: Recipe, model: str | None, device: str | None) -> Recipe:
 
 def _apply(recipe: Recipe, runtime: Runtime, stop: int, progress: Callable[[int], None]) -> Comparison | None:
     """Replay ``stop`` steps; the comparison with the newest checkpoint among them."""
-    saved = None if recipe.checkpoints is None else checkpoint.newest(recipe.checkpoints, upto=stop)
+    own = recipe.journal.identity
+    saved = None if recipe.checkpoints is None else checkpoint.newest(recipe.checkpoints, upto=stop, identity=own)
     comparison = None
     for done, update in enumerate(islice(recipe.updates(), stop), start=1):
         runtime.apply(update)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ class Journal:
         self.path, self.header = path, contents.header
         self.entries, self.changes = contents.entries, contents.changes
         self.dropped = contents.sound < contents.size
-        self._sound, self._size = contents.sound, contents.size
+        self._sound, self._size, self._contents = contents.sound, contents.size, contents
         self._file: int | None = None
         self._synced = time.monotonic()
 
@@ -57,7 +58,7 @@ class Journal:
         first = line(header)
         with path.open("xb") as file:
             file.write(first)
-        journal = cls(path, Contents(header, [], [], len(first), len(first), None))
+        journal = cls(path, Contents(header, [], [], len(first), len(first), None, [zlib.crc32(first)]))
         journal.claim()
         journal.sync()
         return journal
@@ -88,6 +89,10 @@ class Journal:
     def header_at(self, step: int) -> Header:
         """The header with the settings that hold for ``step``, counted from 0."""
         return header_at(self.header, self.changes, step)
+
+    def identity(self, step: int) -> str | None:
+        """See `zotune.journal.records.Contents.identity`."""
+        return self._contents.identity(step)
 
     def require(self, header: Header) -> None:
         """Make sure that a run as ``header`` says may go on with this journal.
@@ -125,6 +130,7 @@ class Journal:
             )
         self._sound += written
         self.entries.append(entry)
+        self._contents.checks.append(zlib.crc32(record, self._contents.checks[-1]))
         if time.monotonic() - self._synced >= _SYNC_SECONDS:
             self.sync()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from zotune import checkpoint
+from zotune.journal import read
 from zotune.protocol import Update
 from zotune.runtimes import wire
 
@@ -33,14 +34,14 @@ class History:
     """The updates of a run since the state that it began with, a few hundred bytes each.
 
     Args:
-        checkpoints: The run's, if it has any: a newer one spares a new replica the updates before it.
+        run: The run's directory, if there is one: a newer checkpoint in it spares a new replica the updates before it.
 
     Attributes:
         epoch: How often it has begun anew.
     """
 
-    def __init__(self, checkpoints: Path | None = None) -> None:
-        self._checkpoints = checkpoints
+    def __init__(self, run: Path | None = None) -> None:
+        self._run = run
         self.epoch = 0
         self.restart(None, 0)
 
@@ -66,9 +67,11 @@ class History:
 
     def foundation(self) -> Foundation:
         """The newest state that is at hand."""
-        if self._checkpoints is not None and self._first is not None:
-            last = self._first + len(self._updates)
-            saved = checkpoint.newest(self._checkpoints, upto=last)
+        if self._run is not None and self._first is not None:
+            journal, last = self._run / "journal.jsonl", self._first + len(self._updates)
+            saved = checkpoint.newest(
+                self._run / "checkpoints", upto=last, identity=lambda step: read(journal).identity(step)
+            )
             if saved is not None and saved[0] > self._first:
                 step, window, state = saved
                 return Foundation(step - self._first, state, window)
