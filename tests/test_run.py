@@ -26,6 +26,8 @@ from zotune.errors import ConfigError, JournalError, ModelError, RunExistsError
 from zotune.evaluate import Metrics
 from zotune.journal import Journal, audit
 from zotune.run import RunDirectory
+from zotune.watching import metrics
+from zotune.watching.report import examples
 
 Configure = Callable[..., Config]
 
@@ -290,6 +292,59 @@ def test_a_checkpoint_of_another_run_is_passed_over(run: Path, configure: Config
     assert [notice for notice in seen.notices if "step-00000006 is of another run and not used" in notice]
     assert_same(saved(run), expected)
     assert checkpoint.sound(run / "checkpoints", 6, Journal.open(run / "journal.jsonl").identity)
+
+
+def test_evaluations_of_other_validation_rows_are_not_compared(run: Path, configure: Configure) -> None:
+    rows = Path(str(configure().data.validation))
+    whole = rows.read_text()
+    # As good as can be, so that it would be the best for ever.
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(re.sub(r'("kind": "eval".*"loss": )[0-9.]+', r"\g<1>0.001", text))
+    rows.write_text("".join(whole.splitlines(keepends=True)[:20]))
+    seen = Recorder()
+    summary = zotune.resume(run, seen, steps=8)
+    (told,) = [notice for notice in seen.notices if "validation rows have changed" in notice]
+    assert re.search("changed: 20 with the checksum [0-9a-f]{8}, but the last evaluation was of 24 with", told)
+    assert [record["step"] for record in seen.evaluations] == [6, 8], "at once, to have something to compare with"
+    known = RunDirectory(run).evaluations()
+    assert [(step, found.examples) for step, found in known.items()] == [(6, 20), (8, 20)]
+    assert (summary.first, summary.last) == (known[6], known[8])
+    assert summary.best == min(known, key=lambda step: known[step].loss)
+    assert zotune.evaluate_run(run, best=True) == known[summary.best]
+    assert [record["step"] for record in metrics.read(run).evaluations] == [6, 8]
+    assert [each.step for each in examples.read(run / "predictions.jsonl")] == [6, 8]
+
+    seen = Recorder()
+    zotune.resume(run, seen, steps=9)
+    assert not [notice for notice in seen.notices if "validation rows have changed" in notice]
+    rows.write_text(whole)
+    seen = Recorder()
+    back = zotune.resume(run, seen, steps=10)
+    assert [notice for notice in seen.notices if "rows have changed: 24" in notice]
+    assert (back.best, back.first.loss) == (0, 0.001)
+    assert sorted(RunDirectory(run).evaluations()) == [0, 6, 10]
+
+
+def test_patience_begins_anew_with_other_validation_rows(run: Path, configure: Configure) -> None:
+    zotune.rollback(run, 6, ["train.patience=2", "train.eval_every=2", "train.min_delta=9", "train.steps=20"])
+    rows = Path(str(configure().data.validation))
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:20]))
+    summary = zotune.resume(run, Recorder())
+    assert summary.stopped is not None
+    assert sorted(RunDirectory(run).evaluations()) == [6, 8, 10]
+
+
+def test_metrics_of_an_earlier_version_name_no_rows_and_are_compared(run: Path) -> None:
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        text = (run / name).read_text()
+        (run / name).write_text(re.sub(', "rows": "[0-9a-f]{8}"', "", text))
+        assert (run / name).read_text() != text
+    seen = Recorder()
+    zotune.resume(run, seen, steps=9)
+    assert not [notice for notice in seen.notices if "validation rows" in notice]
+    assert [record["step"] for record in seen.evaluations] == [9]
+    assert sorted(RunDirectory(run).evaluations()) == [0, 6, 9]
+    assert [each.step for each in examples.read(run / "predictions.jsonl")] == [0, 6, 9]
 
 
 def test_evaluating_a_run_changes_nothing_and_gives_its_last_figures(run: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -60,3 +62,8 @@ class Example:
     def right_alone(self) -> Example:
         """The same with no candidate but the right one."""
         return replace(self, row=Row(self.row.prompt, (self.row.candidates[self.gold],)), gold=0)
+
+
+def checksum(examples: Sequence[Example]) -> str:
+    """CRC-32 of examples in their order, as eight hexadecimal digits."""
+    return f"{zlib.crc32(repr(examples).encode()):08x}"

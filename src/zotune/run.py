@@ -124,13 +124,19 @@ class RunDirectory:
         self._append(self.metrics, clean)
         return clean
 
-    def add_predictions(self, step: int, found: Evaluation) -> None:
+    def add_predictions(self, step: int, found: Evaluation, rows: str) -> None:
         """Append what the model answered after so many steps; of two lines for one step the later counts.
+
+        Args:
+            step: Finished steps.
+            found: The evaluation.
+            rows: The checksum of the validation rows.
 
         Raises:
             JournalError: As for `add_metrics`.
         """
-        self._append(self.predictions, {"step": step, "predicted": list(found.predicted), "right": list(found.right)})
+        answers = {"predicted": list(found.predicted), "right": list(found.right)}
+        self._append(self.predictions, {"step": step, **answers, "rows": rows})
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         try:
@@ -145,16 +151,30 @@ class RunDirectory:
             f"mend that, then go on with 'zotune resume {self.path}'."
         )
 
-    def evaluations(self, upto: int | None = None) -> dict[int, Metrics]:
-        """The evaluations recorded so far, or after at most ``upto`` steps, by finished steps."""
+    def evaluations(self, upto: int | None = None, rows: str | None = None) -> dict[int, Metrics]:
+        """The evaluations recorded so far that can be compared, by finished steps.
+
+        Args:
+            upto: Only those after at most so many steps.
+            rows: The checksum of the validation rows; default: those of the last of these evaluations.
+        """
         found = {}
-        for record in self._records("eval"):
-            if upto is not None and record["step"] > upto:
-                continue
+        for record in metrics.comparable(self._evaluations(upto), rows):
             loss = math.nan if record["loss"] is None else record["loss"]
             shares = [record.get(name) for name in ("exact_match", "f1")]
             found[record["step"]] = Metrics(loss, record.get("accuracy"), record.get("examples", 0), *shares)
         return found
+
+    def evaluated_rows(self, upto: int) -> tuple[str, int] | None:
+        """Checksum and number of the validation rows of the last evaluation after at most ``upto`` steps.
+
+        None if there is no evaluation, or if it was recorded by an earlier version, which named no rows.
+        """
+        last = next(reversed(self._evaluations(upto)), None)
+        return (last["rows"], last.get("examples", 0)) if last is not None and "rows" in last else None
+
+    def _evaluations(self, upto: int | None) -> list[dict[str, Any]]:
+        return [record for record in self._records("eval") if upto is None or record["step"] <= upto]
 
     def recorded_steps(self) -> set[int]:
         """The steps that have a line in the metrics, counted from 1."""

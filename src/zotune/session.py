@@ -22,7 +22,7 @@ from zotune.objectives import Objective, batch_losses, calibrated
 from zotune.optimizer import Optimizer
 from zotune.presets import resolve
 from zotune.protocol import Proposal
-from zotune.rows import Example
+from zotune.rows import Example, checksum
 from zotune.run import RunDirectory
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.blueprint import Blueprint
@@ -72,7 +72,7 @@ class Session:
             batch_size=self.order.batch_size,
             model=self.runtime.fingerprint,
             layout=self.runtime.layout.fingerprint,
-            data=f"{zlib.crc32(repr(self.data.train).encode()):08x}",
+            data=checksum(self.data.train),
             fold=self.config.runtime.fold,
         )
 
@@ -93,6 +93,11 @@ class Session:
         """What steps lower; evaluation knows the data's own alone."""
         data = self.data
         return calibrated(data.objective, data.train) if self.optimizer.method.calibrated else data.objective
+
+    @cached_property
+    def validation_rows(self) -> str:
+        """What tells the validation rows from others: evaluations of other rows cannot be compared."""
+        return checksum(self.data.validation)
 
     def evaluate(self) -> Evaluation:
         """Judge the weights as they are now on the validation rows."""

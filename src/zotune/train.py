@@ -30,11 +30,12 @@ class Summary:
     Attributes:
         path: The run directory.
         steps: Finished steps.
-        first: Evaluation before training.
+        first: Evaluation before training, or the first one on the present validation rows.
         last: Evaluation after the last step.
         seconds: Time spent on steps by this call, evaluations and loading left out.
         skipped: Steps without an estimate, in the whole run.
-        best: Step of the lowest validation loss, 0 for the base model; None if no loss is finite.
+        best: Step of the lowest validation loss, 0 for the base model; None if no loss is finite. Validation rows that
+            the run had before do not count.
         stopped: Why the run ended before its last step; None if it did not.
     """
 
@@ -111,7 +112,19 @@ def resume(
         run.reopen(config)
         if journal.dropped:
             notices.append("the last record of the journal was torn and has been dropped; its step runs again")
+        notices += _of_other_rows(session, run, len(journal.entries))
         return _train(session, run, journal, reporter, notices)
+
+
+def _of_other_rows(session: Session, run: RunDirectory, done: int) -> list[str]:
+    """What to tell if the run was last evaluated on other validation rows."""
+    before, now = run.evaluated_rows(done), session.validation_rows
+    if before is None or before[0] == now:
+        return []
+    return [
+        f"the validation rows have changed: {len(session.data.validation)} with the checksum {now}, but the last "
+        f"evaluation was of {before[1]} with {before[0]}; evaluations of other rows than the present ones do not count"
+    ]
 
 
 def evaluate_run(path: Path, best: bool = False) -> Metrics:

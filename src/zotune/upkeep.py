@@ -20,7 +20,7 @@ class Upkeep:
     """Keeps a run's directory and its reporter up to date.
 
     Attributes:
-        evaluations: Those on record, by finished steps.
+        evaluations: Those on record on the present validation rows, by finished steps.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Upkeep:
         self._session, self._run, self._journal, self._reporter = session, run, journal, reporter
         self._signals, self._train = signals, session.config.train
         # After a power cut the metrics may be ahead of the journal; what is to come does not count yet.
-        self.evaluations = run.evaluations(upto=len(journal.entries))
+        self.evaluations = run.evaluations(upto=len(journal.entries), rows=session.validation_rows)
         self._evaluated_at = time.monotonic()
         done = len(journal.entries)
         self._saved = done if checkpoint.sound(run.checkpoints, done, journal.identity) else None
@@ -70,7 +70,8 @@ class Upkeep:
         train, done = self._train, len(self._journal.entries)
         for text in self._session.news():
             self._reporter.notice(text)
-        if done % train.eval_every == 0 or self._minutes_are_over():
+        # Without any, as on other validation rows than before, there would be nothing to compare the next one with.
+        if not self.evaluations or done % train.eval_every == 0 or self._minutes_are_over():
             self.evaluate()
         best = done in self.evaluations and stopping.best(self.evaluations) == done > 0
         if best or (done > 0 and done % train.checkpoint_every == 0):
@@ -95,10 +96,11 @@ class Upkeep:
             found = self._session.evaluate()
         self.evaluations[done] = found.metrics
         self._evaluated_at = time.monotonic()
-        seconds = round(self._evaluated_at - began, 3)
+        took = {"seconds": round(self._evaluated_at - began, 3)}
+        rows = {"rows": self._session.validation_rows}
         if found.predicted:
-            self._run.add_predictions(done, found)
-        record = self._run.add_metrics({"kind": "eval", "step": done, **asdict(found.metrics), "seconds": seconds})
+            self._run.add_predictions(done, found, **rows)
+        record = self._run.add_metrics({"kind": "eval", "step": done, **asdict(found.metrics), **took, **rows})
         self._reporter.evaluation(record)
 
     def save(self) -> None:

@@ -73,3 +73,21 @@ def test_a_run_is_judged_by_the_first_score_that_it_has(
 def test_what_is_not_a_number_leaves_a_gap() -> None:
     assert metrics.number(0.5) == 0.5
     assert all(math.isnan(metrics.number(value)) for value in (None, math.nan, math.inf, -math.inf))
+
+
+def test_only_what_was_evaluated_on_the_last_rows_is_compared(tmp_path: Path) -> None:
+    recorded = [
+        evaluation(0),
+        evaluation(4) | {"rows": "a"},
+        evaluation(4) | {"rows": "b"},
+        evaluation(8) | {"rows": "b"},
+    ]
+    assert metrics.read(write(tmp_path, *recorded)).evaluations == (recorded[2], recorded[3])
+    # Who goes back to earlier rows can compare with what was recorded then.
+    recorded.append(evaluation(12) | {"rows": "a"})
+    assert metrics.read(write(tmp_path, *recorded)).evaluations == (recorded[0], recorded[1], recorded[4])
+    assert metrics.comparable(recorded, "b") == recorded[2:4]
+    assert metrics.comparable(recorded, "c") == []
+    # Earlier versions named no rows.
+    assert metrics.comparable(recorded[:1], "c") == metrics.comparable(recorded[:1]) == recorded[:1]
+    assert metrics.comparable([]) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -37,6 +37,7 @@ class _Evaluation(TypedDict):
     exact_match: NotRequired[float | None]
     f1: NotRequired[float | None]
     examples: NotRequired[int]
+    rows: NotRequired[str]
 
 
 _RECORD: TypeAdapter[_Step | _Evaluation] = TypeAdapter(Annotated[_Step | _Evaluation, Field(discriminator="kind")])
@@ -50,13 +51,30 @@ def parse(line: bytes) -> dict[str, Any] | None:
         return None
 
 
+def comparable(evaluations: Sequence[dict[str, Any]], rows: str | None = None) -> list[dict[str, Any]]:
+    """The records of what was evaluated on the same validation rows, in their order.
+
+    A record that names no rows, as earlier versions wrote it, is of those that the first one names.
+
+    Args:
+        evaluations: In the order in which they were recorded; each may have the checksum of its validation rows as
+            ``rows``.
+        rows: The checksum of the rows; default: those of the last evaluation.
+    """
+    first = next((record["rows"] for record in evaluations if record.get("rows")), rows)
+    named = [record.get("rows", first) for record in evaluations]
+    rows = rows or (named[-1] if named else None)
+    return [record for record, its in zip(evaluations, named, strict=True) if its == rows]
+
+
 @dataclass(frozen=True)
 class RunMetrics:
     """The lines of ``metrics.jsonl``, ascending by step; of two lines for one step the later counts.
 
     Attributes:
         steps: One record per finished step.
-        evaluations: One record per evaluation; its ``step`` is the number of steps that were finished.
+        evaluations: One record per evaluation on the validation rows of the last one; its ``step`` is the number of
+            steps that were finished.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -92,15 +110,19 @@ def read(run: Path) -> RunMetrics:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise JournalError(f"cannot read the metrics {path}: {error.strerror}; is {run} a run directory?") from error
-    kinds: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "eval": {}}
+    kinds: dict[str, list[dict[str, Any]]] = {"step": [], "eval": []}
     for number, line in enumerate(lines[:-1], start=1):
         if (record := parse(line)) is None:
             raise JournalError(f"line {number} of {path} is damaged: {line[:60]!r}; remove it to go on")
-        kinds[record["kind"]][record["step"]] = record
+        kinds[record["kind"]].append(record)
     if not kinds["step"] and not kinds["eval"]:
         raise JournalError(f"{path} holds no step and no evaluation yet, so there is nothing to show")
-    steps, evaluations = (tuple(records[step] for step in sorted(records)) for records in kinds.values())
-    return RunMetrics(steps, evaluations)
+    return RunMetrics(_ascending(kinds["step"]), _ascending(comparable(kinds["eval"])))
+
+
+def _ascending(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    by_step = {record["step"]: record for record in records}
+    return tuple(by_step[step] for step in sorted(by_step))
 
 
 def number(value: float | None) -> float:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from zotune import models
 from zotune.config import Config
 from zotune.data import Dataset
 from zotune.data import load as load_data
-from zotune.rows import Example
+from zotune.rows import Example, checksum
+from zotune.watching.metrics import comparable
 
 Answer = int | str
 """A prediction: the index of a candidate, -1 where a score was NaN; or the text that was written."""
@@ -26,11 +29,13 @@ class Predictions:
         step: Finished steps.
         predicted: One answer per validation example.
         right: Whether each of them is right.
+        rows: The checksum of those examples; None where an earlier version wrote it.
     """
 
     step: int
     predicted: tuple[Answer, ...]
     right: tuple[bool, ...]
+    rows: str | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def changes(run: Path, config: Config) -> Changes | None:
     for place, (before, after) in enumerate(zip(first.right, last.right, strict=True)):
         if any(each.right[place] != before for each in found):
             kinds.setdefault((before, after), []).append(place)
-    texts, note = _texts(config, len(first.right)) if kinds else (None, None)
+    texts, note = _texts(config, len(last.right), last.rows) if kinds else (None, None)
 
     def described(*outcomes: tuple[bool, bool]) -> tuple[Changed, ...]:
         places = sorted(place for outcome in outcomes for place in kinds.get(outcome, ()))
@@ -108,16 +113,15 @@ def changes(run: Path, config: Config) -> Changes | None:
 
 
 def read(path: Path) -> list[Predictions]:
-    """The predictions on record, ascending by step and all of as many examples as the last.
+    """The predictions on record, ascending by step and all of the validation rows of the last.
 
     A line that cannot be read is passed over, and so is a file that is not there: a report can do without.
     """
     found: dict[int, Predictions] = {}
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for line in lines:
+    for record in comparable(_records(path)):
         try:
-            record = json.loads(line)
-            each = Predictions(int(record["step"]), tuple(record["predicted"]), tuple(map(bool, record["right"])))
+            answers = tuple(record["predicted"]), tuple(map(bool, record["right"]))
+            each = Predictions(int(record["step"]), *answers, record.get("rows"))
         except (ValueError, KeyError, TypeError):
             continue
         if each.right and len(each.predicted) == len(each.right):
@@ -128,7 +132,15 @@ def read(path: Path) -> list[Predictions]:
     return [found[step] for step in sorted(found) if len(found[step].right) == size]
 
 
-def _texts(config: Config, count: int) -> tuple[Dataset | None, str | None]:
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _texts(config: Config, count: int, rows: str | None) -> tuple[Dataset | None, str | None]:
     """The run's data, read anew without its model; or why it cannot be shown."""
     try:
         described = _from_checkpoint(config)
@@ -139,6 +151,8 @@ def _texts(config: Config, count: int) -> tuple[Dataset | None, str | None]:
     if len(data.validation) != count:
         have = len(data.validation)
         return None, f"The data has {have} validation rows now and had {count} then, so only their numbers are shown."
+    if rows not in (None, checksum(data.validation)):
+        return None, "The validation rows have changed since, so that only their numbers are shown."
     return data, None
 
 

@@ -71,7 +71,7 @@ class Timings:
 
     Attributes:
         training: All steps.
-        evaluating: All evaluations.
+        evaluating: All evaluations on the present validation rows.
         step: Median step.
         slowest: Slowest step, with its number.
         rows_per_s: Examples per second over all steps.
