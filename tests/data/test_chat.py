@@ -1,3 +1,4 @@
+import json
 from copy import deepcopy
 
 import pytest
@@ -6,7 +7,8 @@ from hypothesis import strategies as st
 from tiny_tokenizers import byte_level, merging
 
 from zotune.config import DataConfig
-from zotune.data.chat import ChatTemplate, Conversation
+from zotune.data.chat import ChatTemplate
+from zotune.data.conversation import Conversation
 from zotune.data.encode import Encoder
 from zotune.data.forms import form
 from zotune.errors import DataError
@@ -29,6 +31,19 @@ LLAMA = (
     "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
 )
+CALLING = (
+    "<s>{% if tools %}[tools]\n{{ tools | tojson }}</s>\n{% endif %}{% for m in messages %}[{{ m.role }}]\n"
+    "{{ m.content }}{% for call in m.tool_calls %}<call>{{ call | tojson }}</call>{% endfor %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+CALLS_ALONE = PLAIN.replace("{{ m.content }}", "{{ m.tool_calls[0] | tojson if m.tool_calls else m.content }}")
+NAMES = PLAIN.replace("[{{ m.role }}]", "[{{ m.name or m.role }}]")
+LAST_THOUGHTS = MARKED.replace("{% generation %}", "{% generation %}{{ m.reasoning_content if loop.last }}")
+USER_AND_ASSISTANT = PLAIN.replace(
+    "{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}"
+)
+THOUGHTLESS = PLAIN.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+PYTHON = PLAIN.replace("<s>", "<s>{# whose tools are called by 'ipython' #}")
 
 
 def tokenizer(template):
@@ -37,7 +52,21 @@ def tokenizer(template):
     return made
 
 
-TOKENIZERS = {template: tokenizer(template) for template in (PLAIN, MARKED, FORGETFUL, STRICT, LLAMA)}
+TEMPLATES = (PLAIN, MARKED, FORGETFUL, STRICT, LLAMA, CALLING, CALLS_ALONE, NAMES, LAST_THOUGHTS, USER_AND_ASSISTANT)
+TOKENIZERS = {template: tokenizer(template) for template in (*TEMPLATES, THOUGHTLESS, PYTHON)}
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def weather(*calls, **said):
+    """A conversation in which the assistant calls a tool."""
+    return [
+        {"role": "user", "content": "is it warm ?"},
+        {"role": "assistant", "tool_calls": list(calls), **said},
+        {"role": "tool", "content": "21"},
+        {"role": "assistant", "content": "it is"},
+    ]
 
 
 def chat(*contents, system=None):
@@ -46,12 +75,17 @@ def chat(*contents, system=None):
     return [{"role": "system", "content": system}, *turns] if system is not None else turns
 
 
-def encode(messages, template=PLAIN, max_length=4096, **keys):
-    """The one example of a conversation."""
-    part = form(DataConfig(messages="messages", **keys)).examples(
-        [("row 1 of chats.jsonl", {"messages": messages})], Encoder(TOKENIZERS[template], max_length)
+def encode(messages, template=PLAIN, max_length=4096, **fields):
+    """The one example of a conversation, in a row with other fields."""
+    part = form(DataConfig(messages="messages")).examples(
+        [("row 1 of chats.jsonl", {"messages": messages, **fields})], Encoder(TOKENIZERS[template], max_length)
     )
     return part.examples[0]
+
+
+def text_of(example):
+    """The text of all tokens."""
+    return TOKENIZERS[PLAIN].decode([*example.row.prompt, *example.row.candidates[0].tokens])
 
 
 def scored_texts(example):
@@ -125,6 +159,10 @@ def test_a_long_conversation_loses_its_last_turns_then_its_prompt_then_its_answe
         ([{"role": "user"}], "message 1 has no 'content'"),
         ([{"content": "a film ?"}], "message 1 has no 'role'"),
         ([{"role": "usr", "content": "a"}], r"message 1: unknown role 'usr'. Did you mean 'user'\?"),
+        ([{"role": "usr", "content": "a"}, *chat("b", "c")], r"message 1: unknown role 'usr'. Did you mean 'user'\?"),
+        (chat("a", "b", "c", ""), "message 4: the assistant says nothing"),
+        (weather(), "message 2 has no 'content'"),
+        (weather(content=None), "message 2: its 'content' holds nothing, not text"),
         ([{"role": "user", "content": None}], "its 'content' holds nothing, not text"),
         ([{"role": "user", "content": [{"type": "text"}]}], "its 'content' holds a list, not text"),
         ([{"role": ["user"], "content": "a"}], "its 'role' holds a list"),
@@ -134,6 +172,103 @@ def test_a_long_conversation_loses_its_last_turns_then_its_prompt_then_its_answe
 def test_conversations_that_are_none(messages, message):
     with pytest.raises(DataError, match=rf"row 1 of chats.jsonl: the field 'messages'.*{message}"):
         encode(messages)
+
+
+THOUGHTFUL = [turn | {"reasoning_content": "hm"} for turn in chat("a", "b", "c", "d")]
+for turn in THOUGHTFUL[::2]:
+    del turn["reasoning_content"]
+
+
+@pytest.mark.parametrize("said", [{}, {"content": None}, {"content": ""}, {"content": "let me see"}])
+def test_what_the_assistant_calls_is_learnt(said):
+    example = encode(weather(CALL, **said), CALLING)
+    assert '"city": "Paris"' in scored_texts(example)[0]
+    rendered = TOKENIZERS[CALLING].apply_chat_template(
+        weather(CALL, **{"content": "", **{key: text for key, text in said.items() if text}}), tokenize=False
+    )
+    assert text_of(example) == rendered.removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("tools", "template", "known"),
+    [
+        ([TOOL], CALLING, True),
+        (json.dumps([TOOL]), CALLING, True),
+        ([], CALLING, False),
+        (None, CALLING, False),
+        ("hammer", PLAIN, False),
+    ],
+)
+def test_the_tools_of_a_row_go_to_a_template_that_takes_them(tools, template, known):
+    example = encode(chat("is it warm ?", "it is"), template, tools=tools)
+    assert ('"parameters": {"type": "object"}' in TOKENIZERS[PLAIN].decode(example.row.prompt)) == known
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("hammer", "the row's 'tools' are text that is not JSON"),
+        (3, "the row's 'tools' hold a int"),
+        ([TOOL, "hammer"], "tool 2 of the row's 'tools' is a str"),
+    ],
+)
+def test_tools_that_are_none(tools, message):
+    with pytest.raises(DataError, match=f"row 1 of chats.jsonl: the field 'messages': {message}.*Give a list of obj"):
+        encode(chat("is it warm ?", "it is"), CALLING, tools=tools)
+
+
+def test_a_template_of_its_own_for_conversations_with_tools(monkeypatch):
+    monkeypatch.setattr(TOKENIZERS[PLAIN], "chat_template", {"default": PLAIN, "tool_use": CALLING})
+    assert "[tools]" in text_of(encode(chat("is it warm ?", "it is"), tools=[TOOL]))
+    assert encode(chat("is it warm ?", "it is")) == encode(chat("is it warm ?", "it is"), STRICT)
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "number", "key"),
+    [
+        (weather(CALL), PLAIN, 2, "tool_calls"),
+        (weather(CALL), MARKED, 2, "tool_calls"),
+        (weather(CALL, CALL | {"type": "other"}), CALLS_ALONE, 2, "tool_calls"),
+        (weather(CALL, content="let me see"), CALLS_ALONE, 2, "content"),
+        (weather(CALL, reasoning_content="warm clothes ?"), CALLING, 2, "reasoning_content"),
+        ([*weather(CALL)[:2], {"role": "tool", "content": "21", "tool_call_id": "a"}], CALLING, 3, "tool_call_id"),
+        ([{"role": "user", "content": "hello", "name": "Ann"}, *chat("a", "b")[1:]], PLAIN, 1, "name"),
+        ([*chat("a", "b"), {"role": "tool", "content": "21"}], USER_AND_ASSISTANT, 3, "content"),
+        (THOUGHTFUL, LAST_THOUGHTS, 2, "reasoning_content"),
+    ],
+)
+def test_what_a_template_leaves_out_is_refused(messages, template, number, key):
+    found = rf"row 1 of chats.jsonl: the field 'messages', message {number}: .*tokenizer leaves out '{key}'"
+    with pytest.raises(DataError, match=found):
+        encode(messages, template)
+
+
+def test_parts_that_hold_nothing_or_say_what_is_rendered_anyway_are_not_missed():
+    empty = {"tool_calls": [], "name": None, "reasoning_content": ""}
+    assert encode([turn | empty for turn in chat("a", "b")]) == encode(chat("a", "b"))
+    assert encode([turn | {"name": turn["role"]} for turn in chat("a", "b")], NAMES) == encode(chat("a", "b"))
+    assert scored_texts(encode(THOUGHTFUL[:2], LAST_THOUGHTS)) == ["hmb</s>"]
+
+
+def test_roles_that_a_template_names():
+    messages = [*chat("a", "b"), {"role": "ipython", "content": "21"}, *chat("c", "d")[1:]]
+    assert "[ipython]\n21" in text_of(encode(messages, PYTHON))
+    with pytest.raises(DataError, match="message 3: unknown role 'ipython'"):
+        encode(messages)
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, FORGETFUL])
+def test_a_turn_that_only_ends_is_not_learnt(template):
+    for nothing in ("", " \n"):
+        with pytest.raises(DataError, match="message 2: the assistant says nothing, so only to stop would be learnt"):
+            encode(chat("a", nothing), template)
+    with pytest.raises(DataError, match="message 2: the assistant says nothing"):
+        encode(chat("a", "<think>b</think>"), THOUGHTLESS)
+
+
+def test_half_a_character_in_a_tool_call_is_refused():
+    with pytest.raises(DataError, match=r"row 1 of chats.jsonl: .*half of a surrogate pair"):
+        encode(weather(CALL | {"type": "a\ud83d"}), CALLING)
 
 
 def test_templates_that_cannot_be_used():

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_chat import PLAIN, TOKENIZERS
+from test_chat import CALLING, PLAIN, TOKENIZERS
 
 from zotune.config import DataConfig
 from zotune.data import Dataset, load
@@ -19,9 +19,13 @@ values = st.recursive(
 )
 odd = values | characters
 said = st.text("ab .", max_size=4) | characters
-turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": said})
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", "ipython"]), "content": said | st.none()},
+    optional={"tool_calls": odd, "name": odd},
+)
 rows = st.fixed_dictionaries(
-    {"a": said, "b": st.lists(said, max_size=2), "label": st.integers(0, 2), "m": st.lists(turns, max_size=4)}
+    {"a": said, "b": st.lists(said, max_size=2), "label": st.integers(0, 2), "m": st.lists(turns, max_size=4)},
+    optional={"tools": odd | st.lists(st.dictionaries(st.sampled_from("abc"), values), max_size=2)},
 )
 spoils = st.dictionaries(st.sampled_from(["a", "b", "label", "m"]), odd | st.lists(turns | odd, max_size=3), max_size=1)
 forms = st.sampled_from(
@@ -45,13 +49,19 @@ options = st.fixed_dictionaries(
 
 
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
-@given(form=forms, keys=options, lines=st.lists(rows, min_size=2, max_size=6), spoil=st.just({}) | spoils)
-def test_any_rows_under_any_configuration(tmp_path, form, keys, lines, spoil):
+@given(
+    form=forms,
+    keys=options,
+    lines=st.lists(rows, min_size=2, max_size=6),
+    spoil=st.just({}) | spoils,
+    template=st.sampled_from([PLAIN, CALLING]),
+)
+def test_any_rows_under_any_configuration(tmp_path, form, keys, lines, spoil, template):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in [lines[0] | spoil, *lines[1:]]))
     before = path.read_bytes()
     with suppress(ZotuneError):
-        data = load(DataConfig(train=str(path), **form, **keys), TOKENIZERS[PLAIN], 64)
+        data = load(DataConfig(train=str(path), **form, **keys), TOKENIZERS[template], 64)
         assert isinstance(data, Dataset)
         for example in (*data.train, *data.validation):
             assert all(0 <= at < len(c.tokens) for c in example.row.candidates for at in c.scored)

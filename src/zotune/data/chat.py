@@ -4,75 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from zotune.data.conversation import Conversation, Turn, at_risk, is_known, read_tools, stranger, turns_of, with_other
 from zotune.data.encode import Encoded, Text, Tokens, fit
 from zotune.data.files import first_line
-from zotune.data.templates import Record, named, require_characters, value
-from zotune.errors import DataError, unknown
+from zotune.data.templates import require_characters
+from zotune.errors import DataError
 from zotune.rows import Candidate, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turn = dict[str, str]
-"""A message: its role and its content."""
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "gpt": "assistant"}
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANSWER = "the-answer-goes-here"
 """Stands for a candidate to find its place: a candidate itself may also be a part of the template's own text."""
-
-_HELP = "A conversation is a list of {role, content}, whose roles are system, user and assistant."
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What was said, and the name of its row for messages."""
-
-    turns: tuple[Turn, ...]
-    where: str
-
-    @classmethod
-    def read(cls, record: Record, field: str, where: str) -> Conversation:
-        """The conversation in a field of a row: ``role`` and ``content``, or ShareGPT's ``from`` and ``value``.
-
-        Raises:
-            DataError: The field is not there or holds no conversation, the conversation is empty, begins with the
-                assistant or has no turn of theirs, or a role is unknown or its content is not text.
-        """
-        found = value(record, field, where, "data.messages")
-        where = f"{where}: the field {field!r}"
-        if not isinstance(found, list | tuple):
-            raise DataError(f"{where} holds {named(found)}. {_HELP}")
-        turns = tuple(_turn(message, f"{where}, message {number}") for number, message in enumerate(found, start=1))
-        spoken = [turn["role"] for turn in turns]
-        if not turns:
-            raise DataError(f"{where} holds an empty conversation. Leave the row out. {_HELP}")
-        if "assistant" not in spoken:
-            raise DataError(f"{where} has no turn of the assistant, so there is nothing to learn.")
-        if spoken[0] == "assistant":
-            raise DataError(f"{where} begins with the assistant's turn, so there is nothing to answer.")
-        return cls(turns, where)
-
-
-def _turn(message: Any, where: str) -> Turn:
-    if not isinstance(message, dict):
-        raise DataError(f"{where} is {named(message)}. {_HELP}")
-    names = ("from", "value") if "role" not in message and "from" in message else ("role", "content")
-    for name in names:
-        if name not in message:
-            raise DataError(f"{where} has no {name!r}. {_HELP}")
-        if not isinstance(message[name], str):
-            raise DataError(f"{where}: its {name!r} holds {named(message[name])}, not text. {_HELP}")
-        require_characters(message[name], f"{where}: its {name!r}")
-    role, content = (message[name] for name in names)
-    role = _SHAREGPT.get(role, role) if names[0] == "from" else role
-    if role not in ROLES:
-        raise DataError(f"{where}: {unknown('role', role, ROLES)}")
-    return {"role": role, "content": content}
 
 
 @dataclass(frozen=True)
@@ -80,12 +27,10 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Attributes:
-        tokenizer: A fast tokenizer that has one.
-        marked: Whether the template itself marks what the assistant says, with ``{% generation %}``.
+        tokenizer: A fast tokenizer that has one, perhaps with another one for conversations with tools.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    marked: bool
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -95,7 +40,7 @@ class ChatTemplate:
             DataError: It has none, or cannot tell which characters a token stands for.
         """
         try:
-            template = tokenizer.get_chat_template()
+            tokenizer.get_chat_template()
         except ValueError as error:
             raise DataError(
                 "the model's tokenizer has no chat template. Use an instruction-tuned model, put a chat_template.jinja "
@@ -103,7 +48,7 @@ class ChatTemplate:
             ) from error
         if not tokenizer.is_fast:
             raise DataError("chats need a fast tokenizer; the model's folder has no tokenizer.json.")
-        return cls(tokenizer, bool(_GENERATION.search(template)))
+        return cls(tokenizer)
 
     def encode(self, conversations: Sequence[Conversation], max_length: int) -> Encoded:
         """Rows of one candidate each: the first turns as the prompt, then all the rest, the assistant's turns scored.
@@ -112,11 +57,13 @@ class ChatTemplate:
         end of that answer.
 
         Raises:
-            DataError: The template refuses a conversation, or it cannot be told which tokens are the assistant's.
+            DataError: The template refuses a conversation or leaves a part of it out, the assistant says nothing in a
+                turn, or it cannot be told which tokens are the assistant's.
         """
         rows, cut_prompts, cut_completions = [], 0, 0
-        for each in conversations:
-            tokens, scored = self._marked(each) if self.marked else self._prefixed(each)
+        for each in map(self._understood, conversations):
+            marks = _marks(self.tokenizer.get_chat_template(tools=each.tools))
+            tokens, scored = self._marked(each) if marks else self._prefixed(each)
             if not scored or not scored[0]:
                 raise DataError(
                     f"{each.where}: the chat template shows nothing that the assistant says after a prompt."
@@ -140,17 +87,66 @@ class ChatTemplate:
         Raises:
             DataError: The template refuses the turns, or hides what the assistant says.
         """
-        turns = turns_of(text.prompt, _ANSWER)
-        before, said = self._render(turns[:1], text.where, answer=True), self._render(turns, text.where)
+        chat = Conversation(turns_of(text.prompt, _ANSWER), text.where)
+        before, said = self._render(chat, 1, answer=True), self._render(chat)
         at = said.rfind(_ANSWER)
         if not said.startswith(before) or at < len(before):
             raise self._opaque(text.where)
         return Text(said[:at], tuple(candidate.strip() for candidate in text.candidates), text.where)
 
+    def _understood(self, conversation: Conversation) -> Conversation:
+        """The conversation with its tools where the template takes them, once nothing is sure to be lost of it.
+
+        Raises:
+            DataError: A role is unknown, the tools are none, the assistant says nothing in a turn, or the template
+                leaves out a part of a message.
+        """
+        conversation = replace(conversation, tools=self._tools(conversation))
+        template = self.tokenizer.get_chat_template(tools=conversation.tools)
+        for number, turn in enumerate(conversation.turns, start=1):
+            where = f"{conversation.where}, message {number}"
+            if not is_known(turn) and not re.search(rf"""(['"]){re.escape(turn["role"])}\1""", template):
+                raise stranger(turn, where)
+            if turn["role"] == "assistant" and not turn["content"].strip() and len(turn) == 2:
+                raise _silent(where)
+        self._require_rendered(conversation)
+        return conversation
+
+    def _tools(self, conversation: Conversation) -> list[dict[str, Any]] | None:
+        """The tools of a conversation, if the template says anything of tools."""
+        if conversation.tools is None or not re.search(r"\btools\b", self.tokenizer.get_chat_template(tools=[])):
+            return None
+        return read_tools(conversation.tools, conversation.where) or None
+
+    def _require_rendered(self, conversation: Conversation) -> None:
+        """Refuse a message of which the template leaves out a part, which would not be learnt.
+
+        Templates may leave out a part of one message and not of another, such as all thoughts but the last. So each
+        part is looked at; messages of role and content alone, which are nearly all, have none.
+        """
+        parts = [(at, key) for at, turn in enumerate(conversation.turns) for key in at_risk(turn)]
+        full = self._render(conversation) if parts else ""
+        for at, key in parts:
+            before, turn, after = conversation.turns[:at], conversation.turns[at], conversation.turns[at + 1 :]
+            for others in with_other(turn, key):
+                if all(self._same(replace(conversation, turns=(*before, each, *after)), full) for each in others):
+                    raise DataError(
+                        f"{conversation.where}, message {at + 1}: the chat template of this model's tokenizer leaves "
+                        f"out {key!r} or a part of it, so it would be lost. Take it out of the messages if the model "
+                        "need not see it, or use a model whose template writes it."
+                    )
+
+    def _same(self, conversation: Conversation, text: str) -> bool:
+        """Whether the conversation is rendered as this text; one that the template refuses is not."""
+        try:
+            return self._render(conversation) == text
+        except DataError:
+            return False
+
     def _marked(self, conversation: Conversation) -> tuple[Tokens, tuple[int, ...]]:
         """All tokens and the indices of those that the template marks as the assistant's."""
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        out: Any = self._apply(conversation.turns, conversation.where, **options)
+        out: Any = self._apply(conversation, conversation.turns, **options)
         mask = out["assistant_masks"]
         runs = sum(now and not before for before, now in zip([0, *mask], mask, strict=False))
         if runs < sum(turn["role"] == "assistant" for turn in conversation.turns):
@@ -161,16 +157,20 @@ class ChatTemplate:
 
     def _prefixed(self, conversation: Conversation) -> tuple[Tokens, tuple[int, ...]]:
         """The same where the template has no marks: each turn is what the text gains by it."""
-        turns, where = conversation.turns, conversation.where
-        full = self._render(turns, where)
+        where = conversation.where
+        full = self._render(conversation)
+        require_characters(full, f"{where}: its text")
         spans = []
-        for number, turn in enumerate(turns):
+        for number, turn in enumerate(conversation.turns):
             if turn["role"] == "assistant":
-                before = self._render(turns[:number], where, answer=True)
-                said = self._render(turns[: number + 1], where)
+                before = self._render(conversation, number, answer=True)
+                said = self._render(conversation, number + 1)
                 if not said.startswith(before) or not full.startswith(said):
                     raise self._opaque(where)
-                spans.append((len(before), self._end(said, len(before))))
+                end = self._end(said, len(before))
+                if not said[len(before) : end].removesuffix(self._eos).strip():
+                    raise _silent(f"{where}, message {number + 1}")
+                spans.append((len(before), end))
         out: Any = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         scored = tuple(
             at
@@ -181,20 +181,27 @@ class ChatTemplate:
 
     def _end(self, said: str, begin: int) -> int:
         """Where a turn ends: with its EOS token, where a model stops; white space after that is the template's."""
-        eos = str(self.tokenizer.eos_token or "")
-        at = said.rfind(eos, begin) if eos else -1
-        return len(said) if at < 0 or said[at + len(eos) :].strip() else at + len(eos)
+        at = said.rfind(self._eos, begin) if self._eos else -1
+        end = at + len(self._eos)
+        return len(said) if at < 0 or said[end:].strip() else end
 
-    def _render(self, turns: Sequence[Turn], where: str, answer: bool = False) -> str:
-        """Text of the turns, with what opens the assistant's next turn if they are to ``answer``."""
-        return str(self._apply(turns, where, tokenize=False, add_generation_prompt=answer))
+    @property
+    def _eos(self) -> str:
+        return str(self.tokenizer.eos_token or "")
 
-    def _apply(self, turns: Sequence[Turn], where: str, **options: Any) -> Any:
+    def _render(self, conversation: Conversation, count: int | None = None, answer: bool = False) -> str:
+        """Text of the first ``count`` turns, with what opens the assistant's next turn if they are to ``answer``."""
+        return str(self._apply(conversation, conversation.turns[:count], tokenize=False, add_generation_prompt=answer))
+
+    def _apply(self, conversation: Conversation, turns: Sequence[Turn], **options: Any) -> Any:
+        """What the tokenizer makes of these turns of the conversation."""
         try:
-            return self.tokenizer.apply_chat_template(list(turns), **options)
+            return self.tokenizer.apply_chat_template(list(turns), tools=conversation.tools, **options)
         # Templates are programs of their own: they raise what Jinja and they themselves like.
         except Exception as error:
-            raise DataError(f"{where}: the chat template refuses the conversation: {first_line(error)}") from error
+            raise DataError(
+                f"{conversation.where}: the chat template refuses the conversation: {first_line(error)}"
+            ) from error
 
     def _opaque(self, where: str) -> DataError:
         return DataError(
@@ -204,6 +211,11 @@ class ChatTemplate:
         )
 
 
-def turns_of(prompt: str, answer: str) -> tuple[Turn, Turn]:
-    """A user's turn and the assistant's."""
-    return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+@cache
+def _marks(template: str) -> bool:
+    """Whether a template itself marks what the assistant says."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def _silent(where: str) -> DataError:
+    return DataError(f"{where}: the assistant says nothing, so only to stop would be learnt. Leave the row out.")

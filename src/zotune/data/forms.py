@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from zotune.config import DataConfig
-from zotune.data.chat import ChatTemplate, Conversation, turns_of
+from zotune.data.chat import ChatTemplate
+from zotune.data.conversation import Conversation, turns_of
 from zotune.data.encode import Encoded, Encoder, Text
 from zotune.data.templates import Record, Template, lookup, texts
 from zotune.errors import DataError
