@@ -84,6 +84,34 @@ def test_short_csv_rows_have_nothing_in_their_last_cells(tmp_path):
     assert rows_of(tmp_path / "rows.csv") == [{"a": "1", "b": None}]
 
 
+def test_a_csv_column_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label,text\na,1,b\n")
+    with pytest.raises(DataError, match=r"rows\.csv: column 'text' is there twice \(columns 1 and 3\); rename one\."):
+        rows_of(path)
+    path.write_text("text,,\na,,\n")
+    assert rows_of(path) == [{"text": "a", "": ""}]
+
+
+def test_csv_cells_of_any_length_are_read_and_pythons_limit_stays(tmp_path):
+    limit, long = csv.field_size_limit(), "a film, " * 50_000
+    path = tmp_path / "rows.csv"
+    path.write_text(f'text,n\n"{long}",1\nb,2\n')
+    assert rows_of(path) == [{"text": long, "n": "1"}, {"text": "b", "n": "2"}]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(("raw", "line"), [("text,n\ra,1\rb,2\r", 1), ("text,n\na,1\nb\rc,2\n", 3)])
+def test_lone_carriage_returns_are_refused_with_the_way_out(tmp_path, raw, line):
+    path = tmp_path / "rows.csv"
+    path.write_text(raw, newline="")
+    found = (
+        rf"carriage return without a line feed outside of quotes in line {line}\..*tr '\\r' '\\n' < rows\.csv > lines"
+    )
+    with pytest.raises(DataError, match=found):
+        rows_of(path)
+
+
 def test_a_bad_line_is_counted_only_when_it_is_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('\n{"a": 1}\n\n{"a": \n{"a": 3}\n')

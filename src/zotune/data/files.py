@@ -11,6 +11,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
@@ -29,6 +30,9 @@ _WIDE = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 """Byte order marks of encodings that are converted before they are read; the longer ones first."""
+
+_LONGEST_CELL = 2**31 - 1
+"""Characters; the most that Python's CSV reader takes as a limit on every system."""
 
 
 class Records(Protocol):
@@ -162,14 +166,15 @@ class CsvRows:
         self._at = text.start
         cells, self.header = csv.reader(self._followed(), strict=True), list[str]()
         try:
-            while True:
-                at = self._at
-                row = next(cells, None)
-                if row is None:
-                    return
-                self._add(at, row)
+            with _long_cells():
+                while True:
+                    at = self._at
+                    row = next(cells, None)
+                    if row is None:
+                        return
+                    self._add(at, row)
         except csv.Error as error:
-            raise DataError(f"{text.path} is not CSV at line {cells.line_num}: {error}.") from error
+            raise self._unreadable(cells.line_num, error) from error
 
     def _followed(self) -> Iterator[str]:
         """All lines, while ``_at`` is where the next one begins."""
@@ -179,7 +184,7 @@ class CsvRows:
 
     def _add(self, at: int, row: list[str]) -> None:
         if not self.header:
-            self.header = row
+            self.header = self._distinct(row)
         elif len(row) > len(self.header):
             raise DataError(
                 f"row {len(self.starts) + 1} of {self.text.path} has more cells than the header. "
@@ -188,12 +193,44 @@ class CsvRows:
         elif row:
             self.starts.append(at)
 
+    def _distinct(self, header: list[str]) -> list[str]:
+        """The header, unless two of its columns have one name; columns without a name cannot be asked for."""
+        first: dict[str, int] = {}
+        for number, name in enumerate(header, start=1):
+            if name and (earlier := first.setdefault(name, number)) != number:
+                raise DataError(
+                    f"{self.text.path}: column {name!r} is there twice (columns {earlier} and {number}); rename one."
+                )
+        return header
+
+    def _unreadable(self, line: int, error: csv.Error) -> DataError:
+        path = self.text.path
+        # Python's own advice is for who calls the reader.
+        if "new-line character" in str(error):
+            return DataError(
+                f"{path} has a carriage return without a line feed outside of quotes in line {line}. If it is a part "
+                "of a text, put quotes around that; if such ones end the lines, convert them, e.g.: "
+                f"tr '\\r' '\\n' < {path.name} > lines-{path.name}"
+            )
+        return DataError(f"{path} is not CSV at line {line}: {error}.")
+
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        cells = next(csv.reader(self.text.lines(self.starts[index]), strict=True))
+        with _long_cells():
+            cells = next(csv.reader(self.text.lines(self.starts[index]), strict=True))
         return dict.fromkeys(self.header) | dict(zip(self.header, cells, strict=False))
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let cells be as long as they are; the limit that Python's CSV reader has is the whole process's."""
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 class ParquetRows:
