@@ -49,6 +49,13 @@ def test_the_automatic_dtype_is_the_one_that_the_device_multiplies_best(folder: 
     assert model.dtype == product_dtype(torch.bfloat16, "cpu")
 
 
+def test_embeddings_are_counted_by_the_module_or_by_its_rows(folder: Path) -> None:
+    model, _ = load(folder)
+    assert models.embeddings(model) == 64
+    del model.get_input_embeddings().num_embeddings
+    assert models.embeddings(model) == 64
+
+
 def test_a_folder_may_be_in_the_home_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert load(f"~/{folder.name}")[0].config.model_type == "llama"

@@ -16,7 +16,7 @@ from tiny_runs import Recorder, assert_same, contents, restored, saved
 import zotune
 from zotune import config, journal
 from zotune.config import Config
-from zotune.errors import DivergedError
+from zotune.errors import DataError, DivergedError
 from zotune.protocol import Update
 from zotune.run import RunDirectory, resolved
 from zotune.runtimes import blueprint
@@ -135,6 +135,33 @@ def test_a_checkpoint_ahead_of_the_journal_is_not_used(configure: Configure, tmp
     zotune.resume(tmp_path / "run", Recorder())
     assert path.read_bytes() == b"".join(lines)
     assert_same(saved(tmp_path / "run"), expected)
+
+
+def test_a_token_without_an_embedding_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Path, Path]
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    finished = tiny_runs.configure(tmp_path, model, sentiment_files, output="finished", train={"steps": 2})
+    zotune.start(finished, Recorder())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"new{number}" for number in range(64)])
+    tokenizer.save_pretrained(model)
+    settings = tmp_path / "finished" / "config.toml"
+    settings.write_text(settings.read_text().replace("{text}", "{text} new63"))
+    chosen = tiny_runs.configure(tmp_path, model, sentiment_files, data={"prompt": "{text} new63"})
+    before = contents(tmp_path)
+    for command in (
+        lambda: zotune.start(chosen),
+        lambda: zotune.dry_run(chosen),
+        lambda: zotune.evaluate_run(tmp_path / "finished"),
+    ):
+        with pytest.raises(
+            DataError, match=r"^row \d+ of train\.jsonl: the token 'new63' has the id \d+, but the model"
+        ):
+            command()
+    assert contents(tmp_path) == before
 
 
 def test_a_step_is_in_the_journal_before_it_is_applied(

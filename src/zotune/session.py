@@ -52,7 +52,7 @@ class Session:
         """
         blueprint = Blueprint(config.model, resolve(config.method), config.train.seed, config.runtime)
         model, tokenizer = blueprint.load()
-        data = load_data(config.data, tokenizer, models.context_length(model))
+        data = load_data(config.data, tokenizer, models.context_length(model), models.embeddings(model))
         runtime, news = _start(config, blueprint, model, data)
         return cls(
             config,

@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -144,6 +145,36 @@ def test_split_seeds_that_numpy_cannot_take(tmp_path, seed):
 def test_a_length_beyond_the_context_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.max_length: 65 is more than the model's context of 64"):
         load(config(write(tmp_path / "rows.jsonl", 9), max_length=65), TOKENIZER, CONTEXT)
+
+
+@pytest.fixture
+def grown():
+    """The tokenizer with a token that the model does not have, and the number of those that it has."""
+    made = deepcopy(TOKENIZER)
+    count = len(made)
+    made.add_tokens("<new>")
+    return made, count
+
+
+@pytest.mark.parametrize(
+    ("changed", "where"),
+    [
+        ({"prompt": "{text} <new> It was"}, r"row \d of train\.jsonl"),
+        ({"candidates": [" terrible", " <new>"]}, r"row \d of train\.jsonl"),
+        ({"validation": "new.jsonl"}, r"row 2 of new\.jsonl"),
+        ({"bos": len(TOKENIZER)}, r"data\.bos"),
+    ],
+)
+def test_a_token_without_an_embedding_is_refused(tmp_path, monkeypatch, grown, changed, where):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", 9)
+    (tmp_path / "new.jsonl").write_text('{"text": "film 9", "label": 0}\n{"text": "<new>", "label": 1}\n')
+    tokenizer, count = grown
+    chosen = config("train.jsonl").model_copy(update=changed)
+    found = rf"^{where}: the token '<new>' has the id {count}, but the model has {count} embeddings \(ids 0 to "
+    with pytest.raises(DataError, match=found):
+        load(chosen, tokenizer, CONTEXT, count)
+    assert load(chosen, tokenizer, CONTEXT, count + 1) == load(chosen, tokenizer, CONTEXT)
 
 
 def test_bad_data(tmp_path):

@@ -44,7 +44,9 @@ class Dataset:
     stop: tuple[int, ...] = ()
 
 
-def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> Dataset:
+def load(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int, embeddings: int | None = None
+) -> Dataset:
     """Read, split and encode the data of a run.
 
     Rows are drawn as `zotune.data.split` says: ``train_size`` to train on and ``validation_size`` to evaluate on, or at
@@ -55,10 +57,12 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -
         config: The table ``[data]``; a task's defaults fill what it leaves out.
         tokenizer: The model's.
         context: Tokens that the model can take.
+        embeddings: Tokens that the model has embeddings of; None where the data is not for a model to read.
 
     Raises:
         ConfigError: ``max_length`` or ``split_seed`` is out of range.
-        DataError: A source, a template, a label or a row cannot be used as asked.
+        DataError: A source, a template, a label or a row cannot be used as asked, or the tokenizer gives a token that
+            the model has no embedding of.
     """
     task = tasks.get(config.task) if config.task is not None else None
     if task is not None:
@@ -70,6 +74,10 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -
     train = problem.examples(train_rows, encoder)
     problem.check_training(train.examples)
     validation_rows, validation, left_out = _held_out(parts, problem, encoder, train.examples, apart=task is None)
+    learnt = problem.learnt(train.examples)
+    if embeddings is not None:
+        rows = [*train_rows, *validation_rows]
+        _require_embedded(rows, (*learnt, *validation.examples), tokenizer, config.bos, embeddings)
     notices = _missing(config, len(train_rows), len(validation_rows))
     for name, part in (("train", train), ("validation", validation)):
         notices += [f"{name}: {part.summary}", *_cuts(name, part.encoded, encoder.max_length)]
@@ -80,7 +88,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int) -
     if isinstance(problem, Classification):
         notices += report.balance(problem.classes, train.examples, validation.examples)
     return Dataset(
-        problem.learnt(train.examples),
+        learnt,
         validation.examples,
         problem.objective(examples),
         tuple(notices),
@@ -140,6 +148,29 @@ def _held_out(
         return rows, found, []
     what = "were left out" if drop else "stay, and make the evaluation look better than it is"
     return rows, found, [f"validation: {shared} rows that are training rows too {what}"]
+
+
+def _require_embedded(
+    rows: Sequence[Numbered],
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    bos: str | int,
+    embeddings: int,
+) -> None:
+    """Refuse a token that the model has no embedding of: it would fail in the middle of a run.
+
+    Raises:
+        DataError: There is one; the message names the first row with one, or ``data.bos``.
+    """
+    for (where, _), example in zip(rows, examples, strict=True):
+        row = example.row
+        token = max(max(tokens) for tokens in (row.prompt, *(candidate.tokens for candidate in row.candidates)))
+        if token >= embeddings:
+            raise DataError(
+                f"{'data.bos' if token == bos else where}: the token {tokenizer.convert_ids_to_tokens(token)!r} "
+                f"has the id {token}, but the model has {embeddings} embeddings (ids 0 to {embeddings - 1}). Use the "
+                "tokenizer that the model was trained with, or give the model embeddings of the added tokens."
+            )
 
 
 def _missing(config: DataConfig, train: int, validation: int) -> list[str]:
