@@ -231,8 +231,6 @@ def test_a_template_of_its_own_for_conversations_with_tools(monkeypatch):
         (weather(CALL, CALL | {"type": "other"}), CALLS_ALONE, 2, "tool_calls"),
         (weather(CALL, content="let me see"), CALLS_ALONE, 2, "content"),
         (weather(CALL, reasoning_content="warm clothes ?"), CALLING, 2, "reasoning_content"),
-        ([*weather(CALL)[:2], {"role": "tool", "content": "21", "tool_call_id": "a"}], CALLING, 3, "tool_call_id"),
-        ([{"role": "user", "content": "hello", "name": "Ann"}, *chat("a", "b")[1:]], PLAIN, 1, "name"),
         ([*chat("a", "b"), {"role": "tool", "content": "21"}], USER_AND_ASSISTANT, 3, "content"),
         (THOUGHTFUL, LAST_THOUGHTS, 2, "reasoning_content"),
     ],
@@ -248,6 +246,11 @@ def test_parts_that_hold_nothing_or_say_what_is_rendered_anyway_are_not_missed()
     assert encode([turn | empty for turn in chat("a", "b")]) == encode(chat("a", "b"))
     assert encode([turn | {"name": turn["role"]} for turn in chat("a", "b")], NAMES) == encode(chat("a", "b"))
     assert scored_texts(encode(THOUGHTFUL[:2], LAST_THOUGHTS)) == ["hmb</s>"]
+
+
+def test_what_is_about_a_message_may_be_left_out():
+    about = {"name": "Ann", "id": "7", "tool_call_id": "a"}
+    assert encode([turn | about for turn in chat("a", "b")]) == encode(chat("a", "b"))
 
 
 def test_roles_that_a_template_names():

@@ -16,6 +16,9 @@ Turn = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that any template may have; others are those that a template names."""
 
+SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys besides the content that hold what a message says; others, such as ids and names, are about it."""
+
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _HELP = "A conversation is a list of {role, content}, whose roles are system, user and assistant."
 _TOOLS = "Give a list of objects, one per tool, or leave the field out."
@@ -127,11 +130,11 @@ def read_tools(found: Any, where: str) -> list[dict[str, Any]]:
 
 
 def at_risk(turn: Turn) -> Iterator[str]:
-    """Keys of a message that a template may know nothing of, or leave out for what else there is."""
+    """Keys of what a message says that a template may know nothing of, or leave out for what else there is."""
     others = [key for key in turn if key not in ("role", "content")]
     if (others or turn["role"] not in ("system", "user", "assistant")) and turn["content"].strip():
         yield "content"
-    yield from others
+    yield from (key for key in others if key in SAID)
 
 
 def with_other(turn: Turn, key: str) -> Iterator[list[Turn]]:
