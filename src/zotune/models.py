@@ -90,9 +90,21 @@ def _load(config: ModelConfig, automatic: Any, **options: Any) -> Any:
 
 
 def context_length(model: Any) -> int:
-    """Longest sequence in tokens that the model's positions allow."""
+    """Longest sequence in tokens that the model's positions allow, and all of it is treated as any shorter one is.
+
+    Longer ones change what LongRoPE makes of the short rows beside them, and Llama 4's attention cuts them into chunks.
+    """
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 2**20)
+    allowed = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 2**20
+    return int(min(allowed, getattr(config, "attention_chunk_size", None) or allowed, _first_rope(config) or allowed))
+
+
+def _first_rope(config: Any) -> int | None:
+    """The length up to which a model with LongRoPE has its short factors; None without it."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "longrope" not in (rope.get("rope_type"), rope.get("type")):
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
 
 
 def embeddings(model: Any) -> int:

@@ -156,11 +156,12 @@ def _by_group(x: Tensor, places: _Places, side: str, blocks: int, heads: int) ->
 
 def takes_spans(model: PreTrainedModel) -> bool:
     """Whether FlashAttention does a model's attention: 16 bits, an NVIDIA GPU from Ampere on, and no soft cap."""
+    if model.device.type != "cuda":
+        return False
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
-        model.device.type == "cuda"
-        and torch.version.hip is None
+        torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(model.device) >= (8, 0)
         and model.dtype in (torch.bfloat16, torch.float16)

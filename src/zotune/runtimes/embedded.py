@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from zotune import models
 from zotune.config import ModelConfig
-from zotune.errors import JournalError
+from zotune.errors import JournalError, ModelError
 from zotune.layout import Layout, period
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, Probe, Update
@@ -29,6 +29,7 @@ from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
 from zotune.runtimes.lowrank import LowRankSpace
 from zotune.runtimes.packing import ACTIVATIONS, Pack, cut, pack
 from zotune.runtimes.precision import product_dtype
+from zotune.runtimes.trial import Trial
 from zotune.runtimes.trunk import Trunk
 
 _FINGERPRINT_SAMPLES = 4096
@@ -50,7 +51,7 @@ class EmbeddedRuntime:
         timings: Seconds spent so far, by phase; a GPU is waited for in ``read``.
 
     Raises:
-        ModelError: A part of the model cannot be tuned exactly in the method's scope.
+        ModelError: A part of the model cannot be tuned exactly in the method's scope, or the model cannot read packs.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class EmbeddedRuntime:
     ) -> None:
         self.model, self.method, self.max_tokens = model.eval(), method, max_tokens
         self.fingerprint = fingerprint(model)
+        # Before anything of the model is wrapped or stored elsewhere.
+        trial = Trial(model)
         if method.lora_rank is not None:
             lora.add(model, method.lora_rank, method.lora_alpha, seed)
         find_sites = partial(sites.find_sites, model, method.scope, lora=method.lora_rank is not None)
@@ -102,6 +105,31 @@ class EmbeddedRuntime:
         steady = isinstance(self.space, LowRankSpace) and method.weight_decay == 0.0
         self._graphs = graphs.Graphs(model.device) if self._spans and steady else None
         self.timings = {"draw": 0.0, "pack": 0.0, "forward": 0.0, "read": 0.0, "apply": 0.0}
+        try:
+            self._try(trial)
+        except ModelError:
+            self.close()
+            raise
+
+    def _try(self, trial: Trial) -> None:
+        """Make sure that packs give what the model does; a trunk that it cannot have is left out."""
+        if self.model.config.get_text_config()._attn_implementation != attention.NAME:
+            trial.refuse("its attention is its own")
+        trial.require(partial(self._clean_scores, blocks=1))
+        if self._trunk.branches:
+            try:
+                trial.require(partial(self._clean_scores, blocks=2))
+            except ModelError:
+                # Such as keys and values that upper layers take from lower ones.
+                self._trunk.close()
+
+    @torch.inference_mode()
+    def _clean_scores(self, rows: Sequence[Row], blocks: int) -> np.ndarray:
+        """Log-likelihoods under the clean model, of the last of so many equal blocks, float32 ``(candidates,)``."""
+        self.space.probe([CLEAN] * blocks)
+        self.space.show()
+        packed = pack(rows, normalised=True, spans=self._spans)
+        return self._read(self._forward(packed.to(self.model.device), blocks), packed)[-1]
 
     @torch.inference_mode()
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:

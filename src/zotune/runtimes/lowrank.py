@@ -81,11 +81,13 @@ class LowRankMatrix:
         self.product.stage()
 
     def gathered(self, chosen: Tensor | None) -> Tensor:
-        """The factors of some output rows, or of all, float32 ``(blocks, rows, out)``."""
+        """The factors of some outputs, or of all, float32 ``(blocks, 2 * width, out)``."""
         shift, outputs = self.shown.shift, slice(None) if chosen is None else chosen
         parts = [self.update[outputs].mT.expand(len(shift), -1, -1), shift[:, outputs].mT]
         if self.bias is not None:
-            parts.append(self.bias.shift[:, outputs].unsqueeze(1))
+            # What the blocks see of a bias is one sum in float32, in place of its two terms.
+            shifted = self.bias.shift[:, outputs].unsqueeze(1)
+            parts += [shifted, torch.zeros_like(shifted)]
         return torch.cat(parts, 1)
 
     def embed(self, lookup: Lookup, weight: Tensor) -> Tensor:
@@ -140,6 +142,7 @@ class LowRankSpace:
         self.sites = {site: LowRankMatrix(view) if site.is_matrix else Vector(view) for site, view in views}
         self._drawn: dict[DirectionKey, Tensor] = {}
         self._taken: dict[DirectionKey, Tensor] = {}
+        self._due = False
         self._stages: dict[tuple[int, int], Stage] = {}
         self.open_window(0)
 
@@ -169,17 +172,17 @@ class LowRankSpace:
         if stage is not self.stage:
             stage.enter()
             self.stage = stage
-        self._drawn, self._taken = {}, stage.take(probes, keys)
+        self._drawn, self._taken, self._due = {}, stage.take(probes, keys), True
 
     def show(self) -> None:
         """Draw the directions of the last `probe` and let its blocks see them, in operations on the device alone."""
-        if self.stage is not None:
+        if self.stage is not None and self._due:
             self.stage.show(self.factors, self.window)
         self.shown()
 
     def shown(self) -> None:
         """Take the operations of `show` for done, whoever did them, so that `apply` need not draw again."""
-        self._drawn = dict(self._taken)
+        self._drawn, self._due = dict(self._taken), False
 
     def apply(self, update: Update, weights: Mapping[Site, Tensor], fold: Fold) -> None:
         """Move B by the update; at the end of a window fold it into the weights and open the next window."""

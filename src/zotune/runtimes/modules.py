@@ -21,7 +21,7 @@ from zotune.runtimes import norms
 from zotune.runtimes.mixture import Lookup, Vector
 from zotune.runtimes.own_forward import own_forward
 from zotune.runtimes.precision import product_dtype
-from zotune.runtimes.sites import is_routed
+from zotune.runtimes.sites import is_linear, is_routed
 
 
 class Product(Protocol):
@@ -208,7 +208,7 @@ def wrap(model: PreTrainedModel, states: Mapping[str, Any], shape: Shape) -> Non
         weight, bias = (state(module._parameters.get(part)) for part in ("weight", "bias"))
         if module is head:
             forward: Callable[..., Tensor] | None = TunedHead(module, weight, bias, shape)
-        elif isinstance(module, nn.Linear | Conv1D):
+        elif is_linear(module):
             stored = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
             own = None if module.bias is None else module.bias.data
             forward = TunedLinear(stored, own, weight, _uncarried(weight, bias), shape)

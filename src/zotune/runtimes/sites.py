@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import TypeIs
 
 from zotune.errors import ModelError
 from zotune.layout import Layout, Site
@@ -37,7 +38,7 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
         if id(parameter) not in text:
             continue
         owner, routed = owners[id(parameter)], is_routed(name)
-        linear = isinstance(owner, nn.Linear | Conv1D) and parameter is owner.weight and not routed
+        linear = is_linear(owner) and parameter is owner.weight and not routed
         if lora and not (linear and ".lora_" in name):
             continue
         if scope == "linear" and (not linear or owner is head):
@@ -119,8 +120,13 @@ def _owners(model: PreTrainedModel) -> dict[int, nn.Module]:
     return {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
 
 
+def is_linear(module: nn.Module) -> TypeIs[nn.Linear | Conv1D]:
+    """Whether a module is a linear layer and nothing else; a router may be one that gives more than a product."""
+    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    return is_linear(module) or isinstance(module, nn.Embedding)
 
 
 def _text_parameters(model: PreTrainedModel) -> set[int]:

@@ -35,7 +35,7 @@ class Trunk:
         self._shape, self._blocks, self._tokens, self._top = shape, 1, 1, 0
         self._layer_of = _layers_of(model, layout)
         reached = [self._reach(window) for window in range(period(layout.sites))]
-        self._hooks = []
+        self._hooks: list[Any] = []
         if any(reached):
             branching = list(enumerate(decoder_layers(model)))[min(reached) :]
             for at, layer in branching:
@@ -61,9 +61,15 @@ class Trunk:
             self._blocks = 1
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, so that there is no trunk."""
+        self._layer_of = {}
         for hook in self._hooks:
             hook.remove()
+
+    @property
+    def branches(self) -> bool:
+        """Whether there is a window whose probes share lower layers."""
+        return bool(self._hooks)
 
     def _reach(self, window: int) -> int:
         """Layers below the first that directions of the window move."""
