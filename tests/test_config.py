@@ -106,6 +106,11 @@ def test_each_mistake_gets_one_line() -> None:
     assert "my.toml: data.bos: must be 'tokenizer', 'none' or a token id (got 'first')" in lines
 
 
+@pytest.mark.parametrize("given", [None, "my.toml", 3, ["output"]])
+def test_what_is_no_table_at_all_is_one_line(given: Any) -> None:
+    assert refusal(given) == f"my.toml: must be a table of keys, as output and model are, and not {given!r}"
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         config.load(tmp_path / "missing.toml")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from zotune.errors import ConfigError, unknown
 from zotune.layout import Scope
+from zotune.paths import StrPath, expand
 
 AUTO: Final = "auto"
 
@@ -20,6 +21,10 @@ _UNIONS = {
     "method.lr": "must be 'auto' or a number from 0 to 1e38",
 }
 """What a key of several types allows, in one line: each member of the union complains on its own."""
+
+
+PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
+"""A path or an id: text, which path objects become."""
 
 
 class Section(BaseModel):
@@ -31,7 +36,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model to tune."""
 
-    path: str = Field(min_length=1, description="Hugging Face hub id or folder of a causal language model")
+    path: PathText = Field(min_length=1, description="Hugging Face hub id or folder of a causal language model")
     revision: str | None = Field(default=None, description="hub revision")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: bfloat16 where the device multiplies it natively, else float32"
@@ -44,8 +49,10 @@ class DataConfig(Section):
     """What to learn: a built-in task, or a user's own rows with a template."""
 
     task: str | None = Field(default=None, description="built-in task; the other keys below default to its own")
-    train: str | None = Field(default=None, description="JSONL, CSV or Parquet file, or a Hugging Face data set id")
-    validation: str | None = Field(default=None, description="the same; default: split off the training rows")
+    train: PathText | None = Field(
+        default=None, description="JSONL, CSV or Parquet file, or a Hugging Face data set id"
+    )
+    validation: PathText | None = Field(default=None, description="the same; default: split off the training rows")
     prompt: str | None = Field(default=None, description="template, the row's fields in braces: '{text} It was'")
     candidates: list[str] | None = Field(default=None, description="one continuation per class, in label order")
     label: str | None = Field(default=None, description="field with the class: its number or candidate")
@@ -197,7 +204,7 @@ class TrackConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    output: str = Field(min_length=1, description="run directory; must not exist")
+    output: PathText = Field(min_length=1, description="run directory; must not exist")
     model: ModelConfig
     data: DataConfig
     method: MethodConfig = MethodConfig()
@@ -206,7 +213,7 @@ class Config(Section):
     track: TrackConfig = TrackConfig()
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: StrPath, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration file.
 
     Args:
@@ -217,18 +224,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file is missing, is not TOML, or has an unknown key or a value that is not allowed.
     """
+    path = expand(path)
     table = read(path)
     for assignment in overrides:
         override(table, assignment)
     return parse(table, source=str(path))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: StrPath) -> dict[str, Any]:
     """The tables of a TOML file, unchecked.
 
     Raises:
         ConfigError: The file is missing or is not TOML.
     """
+    path = expand(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -238,7 +247,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse(table: dict[str, Any], source: str = "configuration") -> Config:
-    """Check a configuration given as nested dictionaries; same errors as `load`."""
+    """Check a configuration given as nested dictionaries, whose paths may be path objects; same errors as `load`."""
     try:
         return Config.model_validate(table)
     except ValidationError as error:
@@ -274,6 +283,8 @@ def assign(table: dict[str, Any], name: str, value: Any) -> None:
 
 def _explain(problem: Any) -> str:
     """One line for one of pydantic's problems, with the nearest valid key for an unknown one."""
+    if not problem["loc"]:
+        return f"must be a table of keys, as output and model are, and not {problem['input']!r}"
     path, section = _locate(problem["loc"])
     where = ".".join(path)
     if problem["type"] == "extra_forbidden":

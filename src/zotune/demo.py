@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from zotune.config import Config, DataConfig, MethodConfig, ModelConfig, TrainConfig
 from zotune.errors import DataError
+from zotune.paths import expand
 
 Notice = Callable[[str], None]
 Review = tuple[str, int]
@@ -144,8 +145,8 @@ def free_output(root: Path = Path("runs")) -> Path:
 def default_cache() -> Path:
     """``$ZOTUNE_CACHE``, else ``$XDG_CACHE_HOME/zotune``, else ``~/.cache/zotune``."""
     if own := os.environ.get("ZOTUNE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zotune"
+        return expand(own)
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zotune"
 
 
 def parse_reviews(text: str) -> list[Review]:

@@ -11,6 +11,7 @@ import torch
 from zotune import hub
 from zotune.config import ModelConfig
 from zotune.errors import ModelError, reason
+from zotune.paths import expand
 from zotune.runtimes.precision import product_dtype
 
 
@@ -139,7 +140,7 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
 
 def _folder_or_id(path: str) -> str:
     """What transformers is to load: an existing folder's path, or a hub id as it is."""
-    folder = Path(path).expanduser()
+    folder = expand(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir():
         beside = [each.name for each in folder.parent.glob("*") if each.is_dir()]

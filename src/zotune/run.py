@@ -29,6 +29,7 @@ from zotune.durable import replace
 from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Evaluation, Metrics
 from zotune.journal import Header, Journal
+from zotune.paths import StrPath, expand
 from zotune.presets import resolve
 from zotune.watching import metrics
 
@@ -38,8 +39,8 @@ _PACKAGES = ("zotune", "torch", "transformers", "safetensors", "tokenizers", "nu
 class RunDirectory:
     """The paths of a run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path = path.expanduser()
+    def __init__(self, path: StrPath) -> None:
+        self.path = path = expand(path)
         self.config = path / "config.toml"
         self.manifest = path / "manifest.json"
         self.journal = path / "journal.jsonl"
@@ -55,7 +56,7 @@ class RunDirectory:
             RunExistsError: It exists.
             ConfigError: It cannot be made.
         """
-        run = cls(Path(config.output))
+        run = cls(config.output)
         run.refuse_existing()
         # What is there under the run's name can always be resumed, whenever the process is killed.
         draft = cls(run.path.with_name(f".{run.path.name}.{os.getpid()}.part"))
@@ -78,7 +79,7 @@ class RunDirectory:
             )
 
     @classmethod
-    def open(cls, path: Path) -> tuple[RunDirectory, Config]:
+    def open(cls, path: StrPath) -> tuple[RunDirectory, Config]:
         """An existing run and its configuration.
 
         Raises:
@@ -264,6 +265,6 @@ def resolved(config: Config) -> Config:
 
 def _absolute(source: str | None) -> str | None:
     """A path that exists as an absolute one; a hub id as it is."""
-    if source is None or not Path(source).expanduser().exists():
+    if source is None or not (path := expand(source)).exists():
         return source
-    return str(Path(source).expanduser().resolve())
+    return str(path.resolve())

@@ -14,6 +14,7 @@ from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun
 from zotune.evaluate import Metrics
 from zotune.journal import Entry, Journal, read
 from zotune.journal.branches import open_run
+from zotune.paths import StrPath, expand
 from zotune.presets import resolve
 from zotune.progress import LastingConsole, Reporter, Reporters, TerminalReporter
 from zotune.run import RunDirectory, resolved
@@ -66,7 +67,7 @@ def start(config: Config, reporter: Reporter | None = None, callbacks: Sequence[
         CallbackError: A callback failed; every finished step is in the journal.
         ZotuneError: The configuration names something that is not there or does not fit.
     """
-    RunDirectory(Path(config.output)).refuse_existing()
+    RunDirectory(config.output).refuse_existing()
     config = resolved(config)
     first = reporter or TerminalReporter(LastingConsole())
     reporter = _together(config, first, callbacks)
@@ -80,7 +81,7 @@ def start(config: Config, reporter: Reporter | None = None, callbacks: Sequence[
 
 
 def resume(
-    path: Path, reporter: Reporter | None = None, steps: int | None = None, callbacks: Sequence[Reporter] = ()
+    path: StrPath, reporter: Reporter | None = None, steps: int | None = None, callbacks: Sequence[Reporter] = ()
 ) -> Summary:
     """Go on with a run from its newest checkpoint and its journal, to the same bits as if it had never stopped.
 
@@ -95,7 +96,7 @@ def resume(
             process is training there.
         ConfigError: ``steps`` cannot be changed.
     """
-    run, config = open_run(path)
+    run, config = open_run(expand(path))
     if steps is not None and steps != config.train.steps:
         if resolve(config.method).schedule != "constant":
             raise ConfigError(
@@ -127,7 +128,7 @@ def _of_other_rows(session: Session, run: RunDirectory, done: int) -> list[str]:
     ]
 
 
-def evaluate_run(path: Path, best: bool = False) -> Metrics:
+def evaluate_run(path: StrPath, best: bool = False) -> Metrics:
     """Evaluate a run's weights on its validation rows.
 
     Args:
@@ -137,7 +138,7 @@ def evaluate_run(path: Path, best: bool = False) -> Metrics:
     Raises:
         JournalError: As for `resume`; or ``best``, and no evaluation is on record.
     """
-    run, config = open_run(path)
+    run, config = open_run(expand(path))
     step = stopping.best(run.evaluations(upto=len(read(run.journal).entries))) if best else None
     if best and step is None:
         raise JournalError(f"{path} has no evaluation with a finite loss on record, so none is the best")

@@ -11,6 +11,7 @@ from zotune import hub
 from zotune.data import files
 from zotune.data.files import HELP, Records, extra, first_line
 from zotune.errors import DataError
+from zotune.paths import expand
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]+){0,2}")
@@ -98,7 +99,7 @@ def locate(source: str, split: str) -> File | Hub:
     Raises:
         DataError: It can be neither.
     """
-    path = Path(source).expanduser()
+    path = expand(source)
     if _format(path) in FORMATS or path.is_dir():
         return File(path.absolute())
     if path.exists():

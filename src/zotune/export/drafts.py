@@ -9,26 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zotune.errors import ConfigError
+from zotune.paths import StrPath, expand
 
 
-def refuse_existing(out: Path) -> None:
+def refuse_existing(out: StrPath) -> None:
     """Make sure that nothing is at ``out``.
 
     Raises:
         ConfigError: Something is; it is not touched.
     """
-    if out.exists():
+    if expand(out).exists():
         raise ConfigError(f"the output {out} exists and is left as it is; give another path, or remove it")
 
 
 @contextmanager
-def drafted(out: Path, *, folder: bool) -> Iterator[Path]:
+def drafted(out: StrPath, *, folder: bool) -> Iterator[Path]:
     """A path to write to, an empty folder if ``folder``, that becomes ``out`` when the block ends well.
 
     Raises:
         ConfigError: ``out`` exists, or cannot be written.
     """
     refuse_existing(out)
+    out = expand(out)
     draft = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

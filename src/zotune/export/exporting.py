@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from zotune.errors import ConfigError, unknown
 from zotune.export import adapter, merged, packing
 from zotune.export.drafts import drafted, refuse_existing, size
 from zotune.export.recipe import Recipe
+from zotune.paths import StrPath, expand
 
 FORMATS = ("merged", "peft", "journal")
 SHARD_SIZE = "5GB"
@@ -42,8 +44,8 @@ class Exported:
 
 
 def export_run(
-    path: Path,
-    out: Path,
+    path: StrPath,
+    out: StrPath,
     format: str = "merged",
     *,
     rank: int | None = None,
@@ -70,7 +72,7 @@ def export_run(
         raise ConfigError(unknown("format", format, FORMATS))
     if rank is not None and (format != "peft" or rank < 1):
         raise ConfigError(f"got rank = {rank} with format = {format!r}; a rank is at least 1 and belongs to 'peft'")
-    began = time.perf_counter()
+    began, out = time.perf_counter(), expand(out)
     refuse_existing(out)
     recipe = Recipe.of_run(path)
     made: adapter.Adapter | None = None
@@ -84,7 +86,7 @@ def export_run(
     return _outcome(out, format, recipe, began, made)
 
 
-def apply_journal(base: str, file: Path, out: Path, *, shard_size: str = SHARD_SIZE) -> Exported:
+def apply_journal(base: StrPath, file: StrPath, out: StrPath, *, shard_size: str = SHARD_SIZE) -> Exported:
     """Rebuild the weights of a run from its journal file, bit for bit, without data and without a forward pass.
 
     Args:
@@ -98,9 +100,9 @@ def apply_journal(base: str, file: Path, out: Path, *, shard_size: str = SHARD_S
         JournalError: The file is damaged, of another version, or of another base model.
         ModelError: The base model cannot be loaded.
     """
-    began = time.perf_counter()
+    began, out = time.perf_counter(), expand(out)
     refuse_existing(out)
-    recipe = packing.unpack(file, base)
+    recipe = packing.unpack(expand(file), os.fspath(base))
     with drafted(out, folder=True) as draft:
         merged.write(recipe, draft, shard_size=shard_size)
     return _outcome(out, "merged", recipe, began)

@@ -13,6 +13,7 @@ from zotune.errors import JournalError
 from zotune.export.card import Facts
 from zotune.journal import Journal, branches
 from zotune.optimizer import Method, Optimizer
+from zotune.paths import StrPath, expand
 from zotune.protocol import Update
 from zotune.runtimes.embedded import EmbeddedRuntime, fingerprint
 
@@ -41,13 +42,13 @@ class Recipe:
             raise JournalError(f"{self.journal.path} has no finished step yet, so there is nothing to export")
 
     @classmethod
-    def of_run(cls, path: Path) -> Recipe:
+    def of_run(cls, path: StrPath) -> Recipe:
         """The recipe that a run directory holds.
 
         Raises:
             JournalError: The path is no run, its journal is damaged, or it has no finished step.
         """
-        run, config = branches.open_run(path)
+        run, config = branches.open_run(expand(path))
         journal = Journal.open(run.journal)
         return cls(config.model, journal, Facts.of_run(run, config, journal), run.checkpoints)
 

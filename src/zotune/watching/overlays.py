@@ -11,6 +11,7 @@ from zotune.config import Config
 from zotune.errors import ConfigError, unknown
 from zotune.journal.branches import open_run
 from zotune.optimizer import Optimizer
+from zotune.paths import StrPath, expand
 from zotune.presets import resolve
 from zotune.progress import Smoothed
 from zotune.watching import metrics
@@ -45,7 +46,7 @@ class Curves:
     at: Callable[[int], float]
 
 
-def overlay(runs: Sequence[Path], out: Path, x: Axis = "steps") -> Path:
+def overlay(runs: Sequence[StrPath], out: StrPath, x: Axis = "steps") -> Path:
     """Draw several runs over each other: smoothed training loss, validation loss, and score where they have one.
 
     The legends name what differs between the runs' configurations.
@@ -61,7 +62,7 @@ def overlay(runs: Sequence[Path], out: Path, x: Axis = "steps") -> Path:
     """
     if x not in get_args(Axis):
         raise ConfigError(unknown("x axis", x, get_args(Axis)))
-    return save(draw(_curves(runs, x), x), out)
+    return save(draw(_curves([expand(run) for run in runs], x), x), expand(out))
 
 
 def draw(curves: Sequence[Curves], x: str = "steps") -> Figure:

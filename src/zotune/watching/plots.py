@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zotune.errors import ConfigError, unknown
+from zotune.paths import StrPath, expand
 from zotune.progress import Smoothed, percent
 from zotune.watching import metrics
 from zotune.watching.metrics import RunMetrics, number
@@ -22,7 +23,7 @@ EVALUATION = "#d1495b"
 SCORE = "#2a9d8f"
 
 
-def plot(run: Path, out: Path | None = None) -> Path:
+def plot(run: StrPath, out: StrPath | None = None) -> Path:
     """Draw the picture of a run from its ``metrics.jsonl``.
 
     Args:
@@ -33,7 +34,9 @@ def plot(run: Path, out: Path | None = None) -> Path:
         JournalError: There are no metrics, or a line of them is damaged.
         ConfigError: The picture cannot be written, or in no such format.
     """
-    return save(draw(metrics.read(run), title=run.resolve().name), out or run / "curves.png")
+    folder = expand(run)
+    picture = folder / "curves.png" if out is None else expand(out)
+    return save(draw(metrics.read(folder), title=folder.resolve().name), picture)
 
 
 def draw(run: RunMetrics, title: str) -> Figure:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zotune import hub, models
 from zotune.config import ModelConfig
 from zotune.errors import ModelError, reason
+from zotune.paths import expand
 from zotune.runtimes import embedded
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -92,7 +93,7 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 def _folder(config: ModelConfig) -> Path:
     """Where the checkpoint's files are; those of a model on the hub are fetched."""
-    if (folder := Path(config.path).expanduser()).is_dir():
+    if (folder := expand(config.path)).is_dir():
         return folder
     from huggingface_hub import snapshot_download
 

@@ -17,6 +17,7 @@ import torch
 
 from zotune.config import ModelConfig
 from zotune.errors import ModelError, ZotuneError, reason
+from zotune.paths import expand
 from zotune.runtimes.engine import gate, layers, lifeline, memory
 
 # vLLM's worker on a CPU puts something that does nothing in its place.
@@ -82,7 +83,7 @@ def start(
             memory.available(cuda, memory_fraction), "the GPU" if cuda else "this machine"
         )
         arguments: dict[str, Any] = {
-            "model": str(Path(model.path).expanduser()) if Path(model.path).expanduser().is_dir() else model.path,
+            "model": _folder_or_id(model.path),
             "revision": model.revision,
             "trust_remote_code": model.trust_remote_code,
             "dtype": dtype,
@@ -175,12 +176,17 @@ def graph_sizes(batch_tokens: int, most: int) -> list[int]:
     return sorted({size for size in (*small, *around) if size <= most})
 
 
+def _folder_or_id(path: str) -> str:
+    folder = expand(path)
+    return str(folder) if folder.is_dir() else path
+
+
 def _cache_bytes(model: ModelConfig, dtype: str, shape: Mapping[str, int], shards: int) -> int:
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(
-            Path(model.path).expanduser() if Path(model.path).expanduser().is_dir() else model.path,
+            _folder_or_id(model.path),
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
         )

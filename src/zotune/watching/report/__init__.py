@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 
 from zotune.errors import ConfigError
+from zotune.paths import StrPath, expand
 from zotune.watching.report.gather import gather
 from zotune.watching.report.render import render
 
 __all__ = ["write"]
 
 
-def write(run: Path, out: Path | None = None) -> Path:
+def write(run: StrPath, out: StrPath | None = None) -> Path:
     """Write the report of a run; nothing else in its directory changes.
 
     Args:
@@ -27,13 +28,14 @@ def write(run: Path, out: Path | None = None) -> Path:
         ConfigError: The page cannot be written.
     """
     # Text of a user's rows may hold what no encoding has, such as half of a surrogate pair.
-    page = render(gather(run)).encode("utf-8", "replace")
-    out = out or run / "report.html"
-    draft = out.with_name(f".{out.name}.part")
+    folder = expand(run)
+    page = render(gather(folder)).encode("utf-8", "replace")
+    place = folder / "report.html" if out is None else expand(out)
+    draft = place.with_name(f".{place.name}.part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(page)
-        os.replace(draft, out)
+        os.replace(draft, place)
     except OSError as error:
-        raise ConfigError(f"cannot write the report {out}: {error.strerror or error}") from error
-    return out
+        raise ConfigError(f"cannot write the report {place}: {error.strerror or error}") from error
+    return place

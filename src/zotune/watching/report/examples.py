@@ -14,6 +14,7 @@ from zotune import models
 from zotune.config import Config
 from zotune.data import Dataset
 from zotune.data import load as load_data
+from zotune.paths import expand
 from zotune.rows import Example, checksum
 from zotune.watching.metrics import comparable
 
@@ -161,7 +162,7 @@ def _from_checkpoint(config: Config) -> SimpleNamespace:
     from transformers import AutoConfig
 
     options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    return SimpleNamespace(config=AutoConfig.from_pretrained(Path(config.model.path).expanduser(), **options))
+    return SimpleNamespace(config=AutoConfig.from_pretrained(expand(config.model.path), **options))
 
 
 def _changed(place: int, found: Sequence[Predictions], data: Dataset | None) -> Changed:

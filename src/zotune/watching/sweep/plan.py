@@ -16,6 +16,7 @@ from typing import Any
 from zotune import config as configuration
 from zotune.config import Config
 from zotune.errors import ConfigError, unknown
+from zotune.paths import StrPath, expand
 from zotune.run import resolved
 from zotune.watching.differences import differing, flatten, short_names, shown
 
@@ -63,7 +64,7 @@ class Plan:
     runs: tuple[Planned, ...]
 
 
-def read(path: Path) -> Plan:
+def read(path: StrPath) -> Plan:
     """Read and check a sweep file; nothing is loaded or written.
 
     ``output`` is the folder of the sweep. ``base`` is a configuration: a file's path, or its tables in place.
@@ -73,6 +74,7 @@ def read(path: Path) -> Plan:
     Raises:
         ConfigError: The file is missing or is no sweep, a run's configuration is not allowed, or two runs are the same.
     """
+    path = expand(path)
     table = configuration.read(path)
     for key in table:
         if key not in KEYS:
@@ -85,9 +87,9 @@ def read(path: Path) -> Plan:
             f"{path}: base is required: the path of a configuration, or its tables as [base.model], [base.data], ... "
             f"(got {base!r})"
         )
-    tables = configuration.read(Path(base).expanduser()) if isinstance(base, str) else base
+    tables = configuration.read(base) if isinstance(base, str) else base
     points = _points(path, table.get("grid", {}), table.get("run", []))
-    folder = Path(output).expanduser()
+    folder = expand(output)
     runs = tuple(
         Planned(name, point, _configure(path, folder / name, tables, point))
         for name, point in zip(names(points), points, strict=True)
