@@ -86,6 +86,19 @@ def test_defaults_fill_what_is_left_out() -> None:
         (changed(modle={}), "unknown key 'modle'. Did you mean 'model'?"),
         (changed(lr=1e-6), "unknown key 'lr'. Did you mean 'method.lr', in the table [method]?"),
         (changed(train={"lr": 1e-6}), "unknown key 'train.lr'. Did you mean 'method.lr', in the table [method]?"),
+        (
+            changed(runtime={"vllm": {"compil": True}}),
+            "unknown key 'runtime.vllm.compil'. Did you mean 'runtime.vllm.compile'? Known: runtime.vllm.adapters,",
+        ),
+        (changed(runtime={"vlm": {"compile": True}}), "unknown key 'runtime.vlm'. Did you mean 'runtime.vllm'?"),
+        (changed(runtime={"replicas": 3}), "Did you mean 'runtime.ray.replicas', in the table [runtime.ray]?"),
+        (changed(runtime={"patience": 3}), "unknown key 'runtime.patience'. Did you mean 'runtime.ray.patience', in"),
+        (changed(patience=3), "unknown key 'patience'. Did you mean 'train.patience', in the table [train]?"),
+        (changed(compile=True), "unknown key 'compile'. Did you mean 'runtime.vllm.compile', in the table"),
+        (changed(runtime={"ray": {"replicas": 0}}), "runtime.ray.replicas: Input should be greater than or equal to 1"),
+        (changed(runtime={"ray": 3}), "runtime.ray is a table: write [runtime.ray] and its keys below (got 3)"),
+        (changed(data={"candidates": ["a", 3]}), "my.toml: data.candidates: "),
+        (changed(data={"fields": {"a": 3}}), "my.toml: data.fields: "),
         (changed(output=""), "output: String should have at least 1 character (got '')"),
         (changed(model={"path": ""}), "model.path: String should have at least 1 character (got '')"),
         (changed(train={"steps": 0}), "train.steps: Input should be greater than or equal to 1 (got 0)"),
@@ -149,6 +162,7 @@ def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
         ("output.name=3", "'output' is not a table"),
         ("train.stesp=3", "Did you mean 'train.steps'"),
         ("train.steps=many", "train.steps"),
+        ("runtime.vllm.compil=true", "unknown key 'runtime.vllm.compil'. Did you mean 'runtime.vllm.compile'?"),
     ],
 )
 def test_an_override_that_makes_no_sense(tmp_path: Path, assignment: str, expected: str) -> None:

@@ -300,27 +300,38 @@ def _explain(problem: Any) -> str:
     return f"{where}: {problem['msg']} (got {problem['input']!r})"
 
 
-def _tables() -> dict[str, type[BaseModel]]:
-    """The file's tables by name."""
-    kinds = {name: field.annotation for name, field in Config.model_fields.items()}
-    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+def _tables(kind: type[BaseModel] | None = None, above: str = "") -> dict[str, type[BaseModel]]:
+    """The file's tables by dotted name, each before those in it."""
+    found = {}
+    for name, field in (kind or Config).model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found[above + name] = field.annotation
+            found |= _tables(field.annotation, f"{above}{name}.")
+    return found
 
 
 def _locate(location: Sequence[int | str]) -> tuple[list[str], type[BaseModel]]:
-    """The key that a problem is about, without what pydantic adds below it, and the table that ought to hold it."""
-    names = [str(part) for part in location]
-    table = _tables().get(names[0])
-    if table is None or len(names) == 1:
-        return names[:1], Config
-    return names[:2], table
+    """The key that a problem is about, and the table that ought to hold it.
+
+    Below the key pydantic adds members of unions, places in lists and keys of dictionaries, which are left out.
+    """
+    tables = _tables()
+    path = [str(part) for part in location]
+    depth = 1
+    while depth < len(path) and ".".join(path[:depth]) in tables:
+        depth += 1
+    return path[:depth], tables.get(".".join(path[: depth - 1]), Config)
 
 
 def _unknown_key(path: list[str], table: type[BaseModel]) -> str:
-    key, where = path[-1], ".".join(path)
-    for name, other in _tables().items():
+    *above, key = path
+    where = ".".join(path)
+    # A key may be in several tables; the likeliest is one within the table that it was looked for in.
+    tables = sorted(_tables().items(), key=lambda item: not item[0].startswith(".".join([*above, ""])))
+    for name, other in tables:
         if key in other.model_fields:
             return f"unknown key {where!r}. Did you mean {name + '.' + key!r}, in the table [{name}]?"
-    return unknown("key", where, [".".join([*path[:-1], name]) for name in table.model_fields])
+    return unknown("key", where, [".".join([*above, name]) for name in table.model_fields])
 
 
 def dump(config: Config) -> str:
