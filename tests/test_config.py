@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,8 +100,8 @@ def test_defaults_fill_what_is_left_out() -> None:
         (changed(compile=True), "unknown key 'compile'. Did you mean 'runtime.vllm.compile', in the table"),
         (changed(runtime={"ray": {"replicas": 0}}), "runtime.ray.replicas: Input should be greater than or equal to 1"),
         (changed(runtime={"ray": 3}), "runtime.ray is a table: write [runtime.ray] and its keys below (got 3)"),
-        (changed(data={"candidates": ["a", 3]}), "my.toml: data.candidates: "),
-        (changed(data={"fields": {"a": 3}}), "my.toml: data.fields: "),
+        (changed(data={"candidates": ["a", 3]}), "my.toml: data.candidates.1: must be text (got 3)"),
+        (changed(data={"fields": {"a": 3}}), "my.toml: data.fields.a: must be text (got 3)"),
         (changed(output=""), "output: String should have at least 1 character (got '')"),
         (changed(model={"path": ""}), "model.path: String should have at least 1 character (got '')"),
         (changed(train={"steps": 0}), "train.steps: Input should be greater than or equal to 1 (got 0)"),
@@ -111,6 +114,54 @@ def test_defaults_fill_what_is_left_out() -> None:
 )
 def test_a_mistake_is_named_with_what_is_allowed(table: dict[str, Any], expected: str) -> None:
     assert expected in refusal(table)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (changed(method={"lr": True}), "method.lr: must be 'auto' or a number from 0 to 1e38 (got True)"),
+        (changed(method={"lr": "1e-4"}), "method.lr: must be 'auto' or a number from 0 to 1e38 (got '1e-4')"),
+        (changed(method={"eps": True}), "method.eps: must be a number (got True)"),
+        (changed(method={"interval": True}), "method.interval: must be a whole number (got True)"),
+        (changed(method={"calibrated": 1}), "method.calibrated: must be true or false (got 1)"),
+        (changed(train={"steps": True}), "train.steps: must be a whole number (got True)"),
+        (changed(train={"steps": 10.0}), "train.steps: must be a whole number (got 10.0)"),
+        (
+            changed(train={"steps": "10"}),
+            "train.steps: must be a whole number, in TOML's notation and without quotes (got '10')",
+        ),
+        (changed(train={"seed": True}), "train.seed: must be a whole number (got True)"),
+        (changed(data={"bos": True}), "data.bos: must be 'tokenizer', 'none' or a token id (got True)"),
+        (changed(data={"chat": 1}), "data.chat: must be true or false (got 1)"),
+        (changed(data={"candidates": "ab"}), "data.candidates: must be a list (got 'ab')"),
+        (changed(data={"prompt": 3}), "data.prompt: must be text (got 3)"),
+        (changed(runtime={"vllm": {"compile": 1}}), "runtime.vllm.compile: must be true or false (got 1)"),
+        (changed(runtime={"ray": {"gpus": True}}), "runtime.ray.gpus: must be a whole number (got True)"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(table: dict[str, Any], expected: str) -> None:
+    assert refusal(table) == f"my.toml: {expected}"
+
+
+def test_a_whole_number_is_also_a_number_and_a_tuple_also_a_list() -> None:
+    table = changed(
+        method={"lr": 1, "eps": np.float64(0.5)}, train={"seed": np.int64(3)}, data={"candidates": (" no", " yes")}
+    )
+    parsed = config.parse(MappingProxyType(table | {"model": MappingProxyType(table["model"])}))
+    assert (parsed.method.lr, parsed.method.eps, parsed.train.seed) == (1.0, 0.5, 3)
+    assert parsed.data.candidates == [" no", " yes"]
+    assert config.parse(tomllib.loads(config.dump(parsed))) == parsed
+
+
+def test_json_keeps_a_configuration() -> None:
+    original = config.parse(changed(method={"lr": 1e-3}, data={"bos": 0, "fields": {"a": "b"}}))
+    assert config.parse(json.loads(original.model_dump_json())) == original
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(config.dump(config.parse(MINIMAL)), encoding="utf-8-sig")
+    assert config.load(path) == config.parse(MINIMAL)
 
 
 def test_each_mistake_gets_one_line() -> None:

@@ -141,8 +141,9 @@ def test_whatever_is_at_the_output_is_refused(configure: Configure, tmp_path: Pa
         (tmp_path / "run").write_text("mine")
     else:
         (tmp_path / "run").mkdir()
-    with pytest.raises(RunExistsError):
+    with pytest.raises(RunExistsError, match="run exists and is no run") as caught:
         zotune.start(configure(), Recorder())
+    assert "resume" not in str(caught.value)
     assert kind != "file" or (tmp_path / "run").read_text() == "mine"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from zotune.errors import ConfigError, unknown
 from zotune.layout import Scope
@@ -22,15 +23,38 @@ _UNIONS = {
 }
 """What a key of several types allows, in one line: each member of the union complains on its own."""
 
+_TYPES = {
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "dict_type": "must be a table",
+}
+"""What pydantic calls a value of another type, and what is allowed."""
+
 
 PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 """A path or an id: text, which path objects become."""
 
+Texts = Annotated[list[str], BeforeValidator(lambda value: list(value) if isinstance(value, tuple) else value)]
+"""A list of texts, or from Python a tuple."""
+
 
 class Section(BaseModel):
-    """A table of the file; unknown keys are refused."""
+    """A table of the file; unknown keys are refused, and values of another type: ``lr = true`` is no number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, given: Any) -> Any:
+        """From Python, any mapping is a table, and NumPy's integers are whole numbers, too."""
+        return {name: _whole(value) for name, value in given.items()} if isinstance(given, Mapping) else given
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
 
 
 class ModelConfig(Section):
@@ -54,7 +78,7 @@ class DataConfig(Section):
     )
     validation: PathText | None = Field(default=None, description="the same; default: split off the training rows")
     prompt: str | None = Field(default=None, description="template, the row's fields in braces: '{text} It was'")
-    candidates: list[str] | None = Field(default=None, description="one continuation per class, in label order")
+    candidates: Texts | None = Field(default=None, description="one continuation per class, in label order")
     label: str | None = Field(default=None, description="field with the class: its number or candidate")
     loss: Literal["candidates", "gold"] | None = Field(
         default=None,
@@ -239,7 +263,7 @@ def read(path: StrPath) -> dict[str, Any]:
     """
     path = expand(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -297,7 +321,12 @@ def _explain(problem: Any) -> str:
         return f"{where}: {problem['ctx']['error']}"
     if where in _UNIONS:
         return f"{where}: {_UNIONS[where]} (got {problem['input']!r})"
-    return f"{where}: {problem['msg']} (got {problem['input']!r})"
+    where = ".".join(map(str, problem["loc"]))
+    allowed = _TYPES.get(problem["type"], problem["msg"])
+    if problem["type"] in ("bool_type", "int_type", "float_type") and isinstance(problem["input"], str):
+        # What a file has in quotes, and what is no TOML after --set, such as True or .5.
+        allowed += ", in TOML's notation and without quotes"
+    return f"{where}: {allowed} (got {problem['input']!r})"
 
 
 def _tables(kind: type[BaseModel] | None = None, above: str = "") -> dict[str, type[BaseModel]]:

@@ -73,10 +73,12 @@ class RunDirectory:
 
     def refuse_existing(self) -> None:
         """Raise `RunExistsError` if something is there already; nothing is touched."""
-        if self.path.exists():
+        if self.journal.exists():
             raise RunExistsError(
                 f"{self.path} exists. Continue it with 'zotune resume {self.path}', or set another output directory."
             )
+        if self.path.exists():
+            raise RunExistsError(f"{self.path} exists and is no run. It is left as it is; set another output.")
 
     @classmethod
     def open(cls, path: StrPath) -> tuple[RunDirectory, Config]:
