@@ -29,6 +29,20 @@ def test_a_case_measured_again_replaces_its_result(tmp_path: Path) -> None:
     assert only.figures == {"step_s": 2.0}
 
 
+@pytest.mark.parametrize("name", ["file", "file/results"])
+def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_measured(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match=f"cannot write {tmp_path / name}: {tmp_path / 'file'} is no folder"):
+        results.Results(tmp_path / name, "scaling")
+
+
+def test_a_result_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    kept = results.Results(tmp_path / "new", "scaling")
+    (tmp_path / "new").write_text("mine")
+    with pytest.raises(DataError, match=f"cannot write {tmp_path / 'new'}: File exists"):
+        kept.add(CASE, {"step_s": 1.0})
+
+
 def test_a_result_says_where_it_was_measured(tmp_path: Path) -> None:
     machine = results.Results(tmp_path, "scaling").add(CASE, {}).machine
     assert machine["cpu"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +147,68 @@ def test_messages_name_the_file_and_not_a_copy(run: MadeRun, file: Path, tmp_pat
         apply_journal(str(run.base), tmp_path / "bare", tmp_path / "out")
 
 
-def test_nothing_is_left_of_an_export_that_fails(run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")], ids=repr
+)
+def test_nothing_is_left_of_an_export_that_fails(
+    run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
-    with pytest.raises(ConfigError, match="No space left"):
+    with pytest.raises(ConfigError, match="out: No space left"):
         export_run(run.path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_programming_error_in_an_export_stays_one(
+    run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: object, **kwargs: object) -> None:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", wrong)
+    with pytest.raises(AttributeError):
+        export_run(run.path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """No file can be longer than 10 kB, which is less than any weights."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("export", "--format", "merged"), ("export", "--format", "peft"), ("replay",)],
+    ids=lambda words: words[-1],
+)
+@pytest.mark.usefixtures("little_room")
+def test_weights_that_do_not_fit_are_one_line(run: MadeRun, tmp_path: Path, words: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    result = CliRunner().invoke(cli.app, [words[0], str(run.path), *words[1:], "--out", str(out)])
+    assert result.exit_code == 2
+    assert f"error: cannot write {out}: Error while serializing: I/O error: File too large" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("export", "--format", "merged"), ("export", "--format", "journal"), ("replay",)],
+    ids=lambda words: words[-1],
+)
+def test_a_place_below_a_file_is_one_line(run: MadeRun, tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "out"
+    result = CliRunner().invoke(cli.app, [words[0], str(run.path), *words[1:], "--out", str(out)])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith(f"error: cannot write {out}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,19 @@ class Results:
     Attributes:
         folder: Made with the first result.
         kind: Of the results that `add` writes and `find` looks for.
+
+    Raises:
+        DataError: It cannot be a folder, which is better known before hours of measuring than after.
     """
 
     folder: Path
     kind: str
+
+    def __post_init__(self) -> None:
+        """Look at what there is of the folder's path."""
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if os.path.exists(path))
+        if not there.is_dir():
+            raise DataError(f"cannot write {self.folder}: {there} is no folder; give another one (--out)")
 
     def find(self, case: Case) -> Result | None:
         """The result of exactly this case, if it has been measured.
@@ -62,10 +71,17 @@ class Results:
         return _read(path) if path.exists() else None
 
     def add(self, case: Case, figures: Mapping[str, Any]) -> Result:
-        """Keep what was measured, in the place of an earlier result of the same case."""
+        """Keep what was measured, in the place of an earlier result of the same case.
+
+        Raises:
+            DataError: It cannot be written.
+        """
         result = Result(self.kind, dict(case), dict(figures), machine())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        durable.replace(self._path(case), (json.dumps(vars(result), indent=1) + "\n").encode())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            durable.replace(self._path(case), (json.dumps(vars(result), indent=1) + "\n").encode())
+        except OSError as error:
+            raise DataError(f"cannot write {self.folder}: {error.strerror}") from error
         return result
 
     def _path(self, case: Case) -> Path:

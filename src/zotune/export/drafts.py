@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from zotune.errors import ConfigError
+from safetensors import SafetensorError
+
+from zotune.errors import ConfigError, reason
 from zotune.paths import StrPath, expand
 
 
@@ -39,12 +41,19 @@ def drafted(out: StrPath, *, folder: bool) -> Iterator[Path]:
         yield draft
         draft.rename(out)
     except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot write {out}: {error.strerror or reason(error)}") from error
+    except Exception as error:
+        # What safetensors and tokenizers raise when a disk is full; the latter have no class for it.
+        if type(error) not in (SafetensorError, Exception):
+            raise
+        raise ConfigError(f"cannot write {out}: {reason(error)}") from error
     finally:
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-        else:
-            draft.unlink(missing_ok=True)
+        # Where nothing could be written, nothing can be removed either.
+        with suppress(OSError):
+            if draft.is_dir():
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink(missing_ok=True)
 
 
 def size(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from zotune.errors import ConfigError
@@ -31,11 +32,13 @@ def write(run: StrPath, out: StrPath | None = None) -> Path:
     folder = expand(run)
     page = render(gather(folder)).encode("utf-8", "replace")
     place = folder / "report.html" if out is None else expand(out)
-    draft = place.with_name(f".{place.name}.part")
+    draft = place.parent / f".{place.name}.part"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(page)
         os.replace(draft, place)
     except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
         raise ConfigError(f"cannot write the report {place}: {error.strerror or error}") from error
     return place
