@@ -144,6 +144,8 @@ def test_an_unknown_command_is_refused() -> None:
     [
         (ConfigError("got a [bracket]"), 2, "error: got a [bracket]"),
         (PermissionError(13, "Permission denied", "runs"), 2, "error: [Errno 13] Permission denied: 'runs'"),
+        (OSError(36, "File name too long", "runs"), 2, "error: [Errno 36] File name too long: 'runs'"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -159,6 +161,32 @@ def test_what_ends_a_command_early(error: BaseException, code: int, line: str) -
 
     result = CliRunner().invoke(app, ["fail"])
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (code, "", line)
+
+
+@pytest.mark.parametrize("command", ["eval", "resume", "plot", "report", "export", "replay", "journal"])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path: Path, command: str) -> None:
+    words = {"export": ["--out", str(tmp_path / "out")], "replay": ["--out", str(tmp_path / "out")]}
+    between = ["verify"] if command == "journal" else []
+    result = CliRunner().invoke(cli.app, [command, *between, "x" * 300, *words.get(command, [])])
+    assert "File name too long" in refusal(result)
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_what_a_terminal_cannot_show_is_replaced(config_file: Path) -> None:
+    words = [*PROGRAM, "run", str(config_file), "--dry-run"]
+    shown = subprocess.run(words, capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert shown.returncode == 0, shown.stderr
+    assert b"?" in shown.stdout
+
+
+def test_nobody_reading_on_is_no_mistake() -> None:
+    with subprocess.Popen([*PROGRAM, "presets", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        started.stdout.close()
+        told = started.stderr.read()
+    assert b"Traceback" not in told
+    assert b"error" not in told
 
 
 def test_a_programming_error_keeps_its_traceback() -> None:

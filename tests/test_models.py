@@ -139,7 +139,7 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(
     assert expected in message.lower()
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "meta:x", "gpu"])
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:x", "meta", "meta:x", "gpu", "mps"])
 def test_a_device_that_is_not_there_is_named(folder: Path, device: str) -> None:
     with pytest.raises(ModelError, match=f"device '{device}' is not there. Use 'auto', 'cpu' or a CUDA device"):
         models.load(ModelConfig(path=str(folder), device=device))

@@ -11,6 +11,8 @@ from tiny_runs import Recorder
 
 import zotune
 from zotune import config
+from zotune.errors import ConfigError
+from zotune.paths import expand
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,6 +58,28 @@ def test_configurations_and_sweeps_are_read_from_a_path_as_text(home: Path, begi
     )
     assert zotune.load_config(f"{begin}config.toml") == zotune.parse_config(table)
     assert [planned.path.name for planned in zotune.read_sweep(f"{begin}sweep.toml").runs] == ["seed=0", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("~nosuchuser/x", "Could not determine home directory"),
+        ("x" * 300, "File name too long"),
+        ("x" * 300 + "/below", "File name too long"),
+        ("nul\0", "embedded null byte"),
+    ],
+)
+def test_a_path_that_nothing_can_be_at_is_refused_in_one_line(path: str, why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand(path)
+    assert str(caught.value) == f"cannot use the path {path!r}: {why}; give another one"
+
+
+def test_a_path_need_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for path in (tmp_path / "new", tmp_path / "new" / "below", tmp_path / "file" / "below", tmp_path / "nowhere"):
+        assert expand(str(path)) == path
 
 
 @pytest.mark.parametrize("kind", [str, Path, PurePosixPath])

@@ -22,7 +22,7 @@ import zotune
 from zotune import checkpoint, cli, config
 from zotune.cli.program import USER_ERROR
 from zotune.config import Config
-from zotune.errors import ConfigError, JournalError, ModelError, RunExistsError
+from zotune.errors import ConfigError, DivergedError, JournalError, ModelError, RunExistsError
 from zotune.evaluate import Metrics
 from zotune.journal import Journal, audit
 from zotune.run import RunDirectory
@@ -102,6 +102,18 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "no file": ('data.train="TMP/none.jsonl"', "none.jsonl does not exist"),
     "context": ("data.max_length=65", "65 is more than the model's context of 64 tokens"),
     "device": ('model.device="gpu"', "device 'gpu' is not there"),
+    "device without numbers": (
+        "model.device=meta",
+        "device 'meta' is not there. Use 'auto', 'cpu' or a CUDA device",
+    ),
+    "model of nobody": ("model.path=~nosuchuser/x", "cannot use the path '~nosuchuser/x': Could not determine home"),
+    "rows of nobody": ("data.train=~nosuchuser/x", "cannot use the path '~nosuchuser/x': Could not determine home"),
+    "output of nobody": ("output=~nosuchuser/x", "cannot use the path '~nosuchuser/x': Could not determine home"),
+    "long model": (f"model.path={'m' * 300}", "File name too long"),
+    "long rows": (f"data.train={'r' * 300}.jsonl", "File name too long"),
+    "long output": (f"output={'o' * 300}", "File name too long"),
+    "decay": ("method.weight_decay=1e300", "method.weight_decay: Input should be less than or equal to 1000000"),
+    "eps": ("method.eps=1e300", "method.eps: Input should be less than or equal to 1"),
     "momentum": ('method={preset="mezo", momentum=0.9}', "momentum = 0.9 needs low-rank directions"),
     "preset": ('method.preset="lozzo"', "unknown preset 'lozzo'. Did you mean 'lozo'?"),
     "task": ('data.task="sst"', "unknown task 'sst'. Did you mean 'sst2'?"),
@@ -126,6 +138,14 @@ def test_a_mistake_is_one_line_and_leaves_no_run(configure: Configure, tmp_path:
     assert line.startswith("error: ")
     assert expected in line
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("decay", [1.0, 1e6])
+@pytest.mark.parametrize("preset", ["lozo", "lozo-m", "mezo"])
+def test_a_decay_that_no_number_can_hold_is_told_as_divergence(configure: Configure, preset: str, decay: float) -> None:
+    chosen = configure(method={"preset": preset, "lr": 1e38, "weight_decay": decay}, train={"steps": 20})
+    with pytest.raises(DivergedError):
+        zotune.start(chosen, Recorder())
 
 
 def test_a_run_that_exists_is_refused_and_not_touched(run: Path, configure: Configure) -> None:

@@ -112,7 +112,7 @@ class MethodConfig(Section):
         default=AUTO,
         description="learning rate, LOZO's official code's convention; auto: chosen by probing when the run begins",
     )
-    eps: float | None = Field(default=None, gt=0, description="probe distance")
+    eps: float | None = Field(default=None, gt=0, le=1e38, description="probe distance")
     rank: int | None = Field(default=None, ge=1, le=4096, description="rank of a direction")
     interval: int | None = Field(default=None, ge=1, description="steps that share V (nu)")
     directions: int | None = Field(default=None, ge=1, le=4096, description="directions per step")
@@ -121,7 +121,7 @@ class MethodConfig(Section):
         default=None, description="take what the model prefers to answer off every batch's loss"
     )
     momentum: float | None = Field(default=None, ge=0, lt=1)
-    weight_decay: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0, le=1e6)
     schedule: Literal["constant", "linear", "cosine"] | None = None
     warmup_steps: int | None = Field(default=None, ge=0)
 
@@ -136,12 +136,14 @@ class TrainConfig(Section):
         default=100, ge=1, description="steps between evaluations; also before the first and after the last"
     )
     eval_minutes: float | None = Field(
-        default=None, gt=0, description="evaluate also when so many minutes have passed since the last time"
+        default=None, gt=0, le=1e9, description="evaluate also when so many minutes have passed since the last time"
     )
     patience: int | None = Field(
         default=None, ge=1, description="evaluations in a row without a better validation loss that end the run"
     )
-    min_delta: float = Field(default=0.0, ge=0, description="what the validation loss must fall by to count as better")
+    min_delta: float = Field(
+        default=0.0, ge=0, le=1e38, description="what the validation loss must fall by to count as better"
+    )
     checkpoint_every: int = Field(
         default=500, ge=1, description="steps between checkpoints; also after the best evaluation so far and at the end"
     )
@@ -198,7 +200,10 @@ class ReplicasConfig(Section):
     )
     check_every: int = Field(default=100, ge=1, description="steps between comparisons of the replicas' states")
     patience: float = Field(
-        default=600.0, gt=0, description="seconds until a silent replica is taken for dead, or a missing one for lost"
+        default=600.0,
+        gt=0,
+        le=1e7,
+        description="seconds until a silent replica is taken for dead, or a missing one for lost",
     )
 
 

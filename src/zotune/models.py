@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +118,15 @@ def embeddings(model: Any) -> int:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refusal = f"device {name!r} is not there. Use 'auto', 'cpu' or a CUDA device that PyTorch sees."
+    # PyTorch knows others: on "meta" are no numbers, and on the rest nothing was ever tuned.
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ModelError(refusal)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"device {name!r} is not there. Use 'auto', 'cpu' or a CUDA device that PyTorch sees."
-        ) from error
+        raise ModelError(refusal) from error
     return device
 
 

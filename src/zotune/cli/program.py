@@ -5,6 +5,7 @@ Whatever needs PyTorch or matplotlib is imported inside the command that needs i
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zotune.errors import ZotuneError
+from zotune.errors import ZotuneError, reason
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -35,8 +36,15 @@ class Commands(TyperGroup):
         """Run the command that ``ctx`` names."""
         try:
             return super().invoke(ctx)
-        except (ZotuneError, PermissionError) as error:
+        except ZotuneError as error:
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(USER_ERROR) from None
+        except BrokenPipeError:
+            # Nobody reads on, as after `| head`; typer ends quietly.
+            raise
+        # What a system refuses, names with its reason: a folder that is closed, a name that is too long, a full disk.
+        except OSError as error:
+            typer.echo(f"error: {reason(error)}", err=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -56,6 +64,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the ``zotune`` program."""
+    # A terminal or a log that knows no ± or ━ shows a question mark for it.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     app(prog_name="zotune")
 
 

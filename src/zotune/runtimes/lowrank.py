@@ -32,6 +32,8 @@ from zotune.runtimes.skinny import SkinnyProduct
 from zotune.runtimes.stage import MatrixView, Stage
 from zotune.updates import Momentum, Rule, Sgd, combine
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 class LowRankMatrix:
     """A linear or embedding weight ``(out, in)`` as every block sees it.
@@ -226,4 +228,5 @@ class LowRankSpace:
         for site, state in self.sites.items():
             if site.decays:
                 state.update.mul_(keep)
-                state.keep *= keep
+                # Products take it as float32. What is beyond has diverged, and the loss is to tell.
+                state.keep = min(max(state.keep * keep, -_LARGEST), _LARGEST)
