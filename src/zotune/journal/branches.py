@@ -24,6 +24,7 @@ from zotune.evaluate import Metrics
 from zotune.journal import locked
 from zotune.journal.records import Contents, header_at, line, read, scan, shared
 from zotune.journal.settings import changed
+from zotune.paths import StrPath
 from zotune.run import RunDirectory
 
 _BRANCHES = "branches"
@@ -50,7 +51,7 @@ class Branch:
     last: Metrics | None
 
 
-def open_run(path: Path) -> tuple[RunDirectory, Config]:
+def open_run(path: StrPath) -> tuple[RunDirectory, Config]:
     """An existing run and its configuration, once a change that was killed on the way is finished.
 
     Raises:
@@ -60,7 +61,7 @@ def open_run(path: Path) -> tuple[RunDirectory, Config]:
     return RunDirectory.open(path)
 
 
-def rollback(path: Path, step: int, overrides: Sequence[str] = ()) -> Branch:
+def rollback(path: StrPath, step: int, overrides: Sequence[str] = ()) -> Branch:
     """Go back to the state after ``step`` finished steps; what came later becomes a branch.
 
     Args:
@@ -87,7 +88,7 @@ def rollback(path: Path, step: int, overrides: Sequence[str] = ()) -> Branch:
         return _go_back(run, contents, step, overrides, "branch")
 
 
-def repair(path: Path) -> Branch | None:
+def repair(path: StrPath) -> Branch | None:
     """Go back to the last step before the damaged line of a run's journal; all that there was becomes a branch.
 
     Returns:
@@ -103,7 +104,7 @@ def repair(path: Path) -> Branch | None:
         return _go_back(run, contents, len(contents.entries), (), "damaged")
 
 
-def switch(path: Path, name: str) -> Branch:
+def switch(path: StrPath, name: str) -> Branch:
     """Go back to a branch; what the run is now becomes a branch instead.
 
     Raises:
@@ -120,7 +121,7 @@ def switch(path: Path, name: str) -> Branch:
         return _put(run, "branch", files, common, joins=other)
 
 
-def branches(path: Path) -> list[Branch]:
+def branches(path: StrPath) -> list[Branch]:
     """The branches of a run, in the order of their names.
 
     Raises:
@@ -143,7 +144,7 @@ def finish(run: RunDirectory) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[RunDirectory]:
+def _opened(path: StrPath) -> Iterator[RunDirectory]:
     """A run that nobody else changes meanwhile."""
     try:
         run, _ = open_run(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,6 +16,7 @@ from zotune import checkpoint
 from zotune.errors import ConfigError
 from zotune.export.drafts import drafted, refuse_existing
 from zotune.export.recipe import Recipe
+from zotune.paths import StrPath, expand
 from zotune.runtimes.base import Runtime
 
 
@@ -56,11 +58,11 @@ class Replayed:
 
 
 def replay(
-    run: Path,
-    out: Path,
+    run: StrPath,
+    out: StrPath,
     step: int | None = None,
     *,
-    model: str | None = None,
+    model: StrPath | None = None,
     device: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Replayed:
@@ -83,6 +85,7 @@ def replay(
         JournalError: The run's journal is damaged, or the base model is not the one that it began with.
         ModelError: The base model or the device is not there.
     """
+    out = expand(out)
     refuse_existing(out)
     recipe = _elsewhere(Recipe.of_run(run), model, device)
     last = len(recipe.journal.entries)
@@ -99,9 +102,9 @@ def replay(
     return Replayed(out, step, runtime.timings["apply"], comparison)
 
 
-def _elsewhere(recipe: Recipe, model: str | None, device: str | None) -> Recipe:
+def _elsewhere(recipe: Recipe, model: StrPath | None, device: str | None) -> Recipe:
     """The recipe with its base model taken from another place or put on another device."""
-    update: dict[str, Any] = {} if model is None else {"path": model, "revision": None}
+    update: dict[str, Any] = {} if model is None else {"path": os.fspath(model), "revision": None}
     if device is not None:
         update["device"] = device
     return replace(recipe, model=recipe.model.model_copy(update=update))
