@@ -20,7 +20,7 @@ from zotune.progress import LastingConsole, Reporter, Reporters, TerminalReporte
 from zotune.run import RunDirectory, resolved
 from zotune.session import Session, restore
 from zotune.signals import Interrupted, Signals
-from zotune.upkeep import Upkeep
+from zotune.upkeep import Upkeep, of_other_rows
 from zotune.watching import trackers
 
 
@@ -113,19 +113,8 @@ def resume(
         run.reopen(config)
         if journal.dropped:
             notices.append("the last record of the journal was torn and has been dropped; its step runs again")
-        notices += _of_other_rows(session, run, len(journal.entries))
+        notices += of_other_rows(session, run, len(journal.entries))
         return _train(session, run, journal, reporter, notices)
-
-
-def _of_other_rows(session: Session, run: RunDirectory, done: int) -> list[str]:
-    """What to tell if the run was last evaluated on other validation rows."""
-    before, now = run.evaluated_rows(done), session.validation_rows
-    if before is None or before[0] == now:
-        return []
-    return [
-        f"the validation rows have changed: {len(session.data.validation)} with the checksum {now}, but the last "
-        f"evaluation was of {before[1]} with {before[0]}; evaluations of other rows than the present ones do not count"
-    ]
 
 
 def evaluate_run(path: StrPath, best: bool = False) -> Metrics:

@@ -132,3 +132,14 @@ class Upkeep:
                 f"the loss was not finite in {allowed} steps in a row, up to step {len(self._journal.entries)}. "
                 "Lower method.lr or method.eps, or set model.dtype = 'float32'."
             )
+
+
+def of_other_rows(session: Session, run: RunDirectory, done: int) -> list[str]:
+    """What to tell if the run was last evaluated on other validation rows."""
+    before, now = run.evaluated_rows(done), session.validation_rows
+    if before is None or before[0] == now:
+        return []
+    return [
+        f"the validation rows have changed: {len(session.data.validation)} with the checksum {now}, but the last "
+        f"evaluation was of {before[1]} with {before[0]}; evaluations of other rows than the present ones do not count"
+    ]
