@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from zotune.evaluate import Evaluation, evaluate
 from zotune.journal import Header, Journal
 from zotune.objectives import Objective, batch_losses, calibrated
 from zotune.optimizer import Optimizer
+from zotune.paths import expand
 from zotune.presets import resolve
 from zotune.protocol import Proposal
 from zotune.rows import Example, checksum
@@ -128,7 +128,7 @@ def _start(config: Config, blueprint: Blueprint, model: Any, data: Dataset) -> t
         return blueprint.build(model), tuple
     from zotune.runtimes.replicas.runtime import RayRuntime
 
-    runtime = RayRuntime.start(blueprint, Path(config.output).expanduser())
+    runtime = RayRuntime.start(blueprint, expand(config.output))
     return runtime, runtime.news
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from zotune.cli.program import INTERRUPTED, TERMINATED, AsJson, RunPath, app, command_line, print_json
+from zotune.paths import expand
 from zotune.progress import LastingConsole, Reporter, duration, percent, reporter
 from zotune.signals import Terminated
 
@@ -99,7 +100,7 @@ def demo(
 
 def _train(path: Path, work: Callable[[Reporter], Summary], as_json: bool) -> None:
     """Train with live progress, then draw the picture and print the outcome."""
-    path = path.expanduser()
+    path = expand(path)
     console = LastingConsole(stderr=as_json)
     live = reporter(console)
     try:

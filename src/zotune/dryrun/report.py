@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
-from pathlib import Path
 from typing import Any
 
 from zotune import models
@@ -15,6 +14,7 @@ from zotune.config import Config
 from zotune.dryrun.estimate import Memory, Time, measure
 from zotune.dryrun.tokens import TokenRow
 from zotune.layout import Layout
+from zotune.paths import expand
 from zotune.progress import duration
 from zotune.rows import Example
 from zotune.run import resolved
@@ -127,7 +127,7 @@ def dry_run(config: Config) -> DryRun:
     indices = chain.from_iterable(session.order.indices(step) for step in count())
     first = [session.data.train[i] for i in islice(_distinct(indices), min(ROWS, len(session.data.train)))]
     memory, seconds = measure(session)
-    taken = [f"{config.output} exists; the run needs another output"] if Path(config.output).exists() else []
+    taken = [f"{config.output} exists; the run needs another output"] if expand(config.output).exists() else []
     return DryRun(
         tuple(TokenRow.of(example, tokenizer) for example in first),
         Part.of(session.data.train),

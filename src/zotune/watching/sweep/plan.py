@@ -44,7 +44,7 @@ class Planned:
     @property
     def path(self) -> Path:
         """The run directory."""
-        return Path(self.config.output)
+        return expand(self.config.output)
 
 
 @dataclass(frozen=True)
