@@ -17,11 +17,16 @@ from typer.main import get_command
 from zotune import cli, config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+FOLDERS = (ROOT / "docs", ROOT / "benchmarks")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(path for folder in FOLDERS for path in sorted(folder.glob("*.md"))),
+]
 BLOCK = re.compile(r"^(?P<skip><!-- no-run -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELL = {"console", "bash", "sh"}
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -31,7 +36,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The zotune commands of a block of shell lines, as words; continued lines joined."""
+    """The zotune commands of shell lines, as words; continued lines joined."""
     lines = [line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines()]
     return [shlex.split(line, comments=True) for line in lines if re.match(r"zotune(\s|$)", line)]
 
@@ -70,6 +75,7 @@ def test_the_parser_refuses_what_the_program_would(line: str) -> None:
 def test_commands_exist_with_their_options(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     shown = [words for block in blocks(page, *SHELL) for words in commands(block)]
+    shown += commands("\n".join(re.findall(r"^ {4}(?: {4})?(\S.*)$", text, re.MULTILINE)))
     # Inline, an argument in capitals stands for itself; brackets mark what may be left out.
     inline = [shlex.split(found.replace("[", "").replace("]", "")) for found in re.findall(r"`(zotune [^`\n]+)`", text)]
     for words in [*shown, *inline]:
@@ -81,6 +87,11 @@ def test_configurations_parse(page: Path) -> None:
     smallest: dict[str, Any] = {"output": "runs/a", "model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
     for block in blocks(page, "toml"):
         config.parse(smallest | tomllib.loads(block))
+
+
+def test_the_configuration_that_is_shown_is_the_example() -> None:
+    block = next(block for block in blocks(ROOT / "README.md", "toml") if block.startswith("output"))
+    assert tomllib.loads(block) == tomllib.loads((ROOT / "examples" / "sentiment.toml").read_text(encoding="utf-8"))
 
 
 @pages
