@@ -23,7 +23,7 @@ from zotune.noise import NoiseBlock
 from zotune.optimizer import Method
 from zotune.runtimes.mixture import Mixture, Vector
 from zotune.runtimes.precision import product_dtype
-from zotune.runtimes.skinny import SkinnyProduct, plain
+from zotune.runtimes.projection import Projection, plain
 
 if TYPE_CHECKING:
     from zotune.runtimes.lowrank import LowRankMatrix
@@ -35,7 +35,7 @@ _SHARE = 4
 """Room is at most the inputs over this. What is to be computed grows as much, and is still faster."""
 
 
-class AppendedProduct(SkinnyProduct):
+class AppendedProduct(Projection):
     """The product of all blocks with matrices whose factors are stored beside their weights.
 
     Args:
@@ -56,9 +56,9 @@ class AppendedProduct(SkinnyProduct):
         self._inputs = len(self.members[0].v)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Columns of the room, and outputs."""
-        return self._stored.shape[1] - self._inputs, len(self._stored)
+    def rows(self) -> int:
+        """Factors that there is room for."""
+        return self._stored.shape[1] - self._inputs
 
     @property
     def term_of(self) -> tuple[int, ...]:
@@ -67,8 +67,7 @@ class AppendedProduct(SkinnyProduct):
         for member in self.members:
             used += [term for term in range(self.terms) for _ in range(member.update.shape[1])]
             used += range(self.terms) if member.bias is not None else ()
-        columns, _ = self.shape
-        return (*used, *[self.terms] * (columns - len(used)))
+        return (*used, *[self.terms] * (self.rows - len(used)))
 
     def beside(self, term: int) -> Iterator[tuple[LowRankMatrix | Vector, Tensor]]:
         """Where a term's factors go: of every member, ``(out, r)``, and of its bias, ``(out,)``."""
@@ -79,15 +78,14 @@ class AppendedProduct(SkinnyProduct):
                 yield member.bias, own[:, self.terms * rank + term]
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """See `SkinnyProduct.linear`; ``rows`` are all."""
+        """See `Projection.linear`; ``rows`` are all."""
         assert rows is None, "only a head is asked for some rows, and it is not stored like this"
-        keep = self.members[0].keep
-        if not any(member.moves for member in self.members):
-            return plain(x, weight, bias, keep)
-        projected = F.linear(x, *self.projector(x.dtype)).mul_(self.amounts)
-        if keep != 1.0:
-            projected.div_(keep)
-        return plain(torch.cat([x, projected], -1), self._stored, bias, keep)
+        if not self.moves:
+            return plain(x, weight, bias, self.keep)
+        projected = self.factors_of(x).mul_(self.amounts)
+        if self.keep != 1.0:
+            projected.div_(self.keep)
+        return plain(torch.cat([x, projected], -1), self._stored, bias, self.keep)
 
 
 class Beside:

@@ -28,6 +28,7 @@ from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.folding import Fold
 from zotune.runtimes.mixture import Lookup, Vector
 from zotune.runtimes.move import Move
+from zotune.runtimes.projection import Projection
 from zotune.runtimes.skinny import SkinnyProduct
 from zotune.runtimes.stage import MatrixView, Stage
 from zotune.updates import Momentum, Rule, Sgd, combine
@@ -49,7 +50,7 @@ class LowRankMatrix:
     """
 
     v: Tensor
-    product: SkinnyProduct
+    product: Projection
     shown: MatrixView
 
     def __init__(self, update: Tensor) -> None:
@@ -75,11 +76,11 @@ class LowRankMatrix:
         self.product.take(self)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """``x_k W_k^T + bias`` of every block; see `SkinnyProduct.linear`."""
+        """``x_k W_k^T + bias`` of every block; see `Projection.linear`."""
         return self.product.linear(x, weight, bias, rows)
 
     def stage(self) -> None:
-        """See `SkinnyProduct.stage`."""
+        """See `Projection.stage`."""
         self.product.stage()
 
     def gathered(self, chosen: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from zotune.runtimes.appended import AppendedProduct
 from zotune.runtimes.modules import Shape, TunedLinear
+from zotune.runtimes.projection import Projection
 from zotune.runtimes.sites import decays, is_routed
 from zotune.runtimes.skinny import SkinnyProduct
 
@@ -55,7 +56,7 @@ class Siblings:
         alone: list[Any] = [layer.forward for layer in self.layers]
         tuned = [each.matrix for each in alone if each.matrix is not None]
         assert len(tuned) in (0, len(alone)), "no scope parts siblings"
-        product: SkinnyProduct | None = None
+        product: Projection | None = None
         if tuned:
             product = AppendedProduct(tuned, self._stored, directions) if self.room else SkinnyProduct(tuned)
             product.join()

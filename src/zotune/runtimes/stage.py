@@ -19,11 +19,11 @@ from zotune.noise import NoiseBlock
 from zotune.protocol import DirectionKey, Probe
 from zotune.runtimes.appended import AppendedProduct, Beside
 from zotune.runtimes.mixture import Mixture, Vector
+from zotune.runtimes.skinny import SkinnyProduct
 from zotune.transfer import into
 
 if TYPE_CHECKING:
     from zotune.runtimes.lowrank import LowRankMatrix
-    from zotune.runtimes.skinny import SkinnyProduct
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Stage:
         every = dict.fromkeys(product for product in owned if product.staged)
         appended = [product for product in every if isinstance(product, AppendedProduct)]
         self._beside = Beside(appended, self._states, layout, self._mix, dtype)
-        products = [product for product in every if not isinstance(product, AppendedProduct)]
+        products = [product for product in every if isinstance(product, SkinnyProduct)]
         matrices = [_order(product, places, layout.size).flatten() for product in products]
         vectors = [places[state] for state in self._states if isinstance(state, Vector)]
         self._matrix_order = torch.cat(matrices).to(device) if matrices else None
