@@ -122,6 +122,16 @@ def test_what_is_written_is_judged_by_the_answers(runtime: EmbeddedRuntime) -> N
     assert evaluation.metrics.loss == evaluate(runtime, examples, CompletionNLL()).metrics.loss
 
 
+def test_the_model_writes_on_from_the_prompt_alone(runtime: EmbeddedRuntime) -> None:
+    # Each row's prompt ends in a token that has merged with the answer.
+    examples = [
+        Example(Row((*prompt[:-1], 60), example.row.candidates), answers=("a",), alone=prompt)
+        for prompt, example in zip(PROMPTS, writing([("a",)] * 4), strict=True)
+    ]
+    texts = tuple(spell(tokens) for tokens in runtime.generate(PROMPTS, max_new_tokens=MAX_NEW_TOKENS))
+    assert evaluate(runtime, examples, CompletionNLL(), spell).predicted == texts
+
+
 def test_an_answer_ends_at_a_stop_token_or_a_line_break(runtime: EmbeddedRuntime) -> None:
     written = runtime.generate(PROMPTS, max_new_tokens=MAX_NEW_TOKENS)
     examples = writing([("a",)] * 4)

@@ -96,7 +96,7 @@ def _chosen(metrics: Metrics, examples: Sequence[Example], predicted: np.ndarray
 
 def _write(runtime: Runtime, examples: Sequence[Example], decode: Decode, stop: Collection[int]) -> tuple[str, ...]:
     """What the model writes for each example, on one line."""
-    prompts = [example.row.prompt for example in examples]
+    prompts = [example.prompt for example in examples]
     written = runtime.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, stop=stop)
     # A line break may also be part of a token that does not stop.
     return tuple(decode(tokens).partition("\n")[0].strip() for tokens in written)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 
@@ -53,11 +53,19 @@ class Example:
         row: Its tokens.
         gold: Index of the right candidate (0 when there is one candidate, a completion).
         answers: Texts that are right when the model writes on from the prompt; empty where none are known.
+        alone: Token ids of the prompt by itself, where the tokenizer merges its end with the completion in the row;
+            empty where they are the row's.
     """
 
     row: Row
     gold: int = 0
     answers: tuple[str, ...] = ()
+    alone: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """What the model writes on from: unlike the row's prompt, it never has a token with text of the answer."""
+        return self.alone or self.row.prompt
 
     def right_alone(self) -> Example:
         """The same with no candidate but the right one."""
@@ -66,4 +74,7 @@ class Example:
 
 def checksum(examples: Sequence[Example]) -> str:
     """CRC-32 of examples in their order, as eight hexadecimal digits."""
-    return f"{zlib.crc32(repr(examples).encode()):08x}"
+    known = zlib.crc32(repr(examples).encode())
+    alone = [example.alone for example in examples]
+    # Where all prompts are those of their rows, the checksum is what it was before they could differ.
+    return f"{zlib.crc32(repr(alone).encode(), known) if any(alone) else known:08x}"

@@ -94,6 +94,19 @@ def test_a_merge_that_all_candidates_share_is_part_of_the_prompt():
     assert row == Row((token("abc"),), (Candidate((token("e"),), (0,)),))
 
 
+def test_a_prompt_by_itself_has_nothing_of_the_completion():
+    tokenizer = merging()
+    token = tokenizer.convert_tokens_to_ids
+    texts = [text("ea", "e"), text("eeab", "ce"), text("eab", "ce")]
+    encoded = Encoder(tokenizer, 4).completions(texts)
+    assert [row.prompt[-1] for row in encoded.rows] == [token("a"), token("abc"), token("abc")]
+    assert encoded.alone == {1: (token("e"), token("e"), token("ab")), 2: (token("e"), token("ab"))}
+    # Cut as the row is.
+    cut = Encoder(tokenizer, 3, bos=token("d")).completions(texts)
+    assert cut.rows[1].prompt == (token("d"), token("abc"))
+    assert cut.alone == {1: (token("d"), token("ab")), 2: (token("d"), token("ab"))}
+
+
 def test_candidates_share_no_scored_token():
     (row,) = Encoder(words(), LONG).choices([text("a film", " and long", " and dull")]).rows
     assert [candidate.scored for candidate in row.candidates] == [(0, 1), (0, 1)]

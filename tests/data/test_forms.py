@@ -1,11 +1,12 @@
 import pytest
-from tiny_tokenizers import byte_level, words
+from tiny_tokenizers import byte_level, merging, words
 
 from zotune.config import DataConfig
 from zotune.data.encode import Encoder
 from zotune.data.forms import form
 from zotune.errors import DataError
 from zotune.objectives import CandidateCrossEntropy, CompletionNLL
+from zotune.rows import Example, checksum
 
 ENCODER = Encoder(words(), 100)
 REVIEWS = {"prompt": "{text} It was", "candidates": [" terrible", " great"], "label": "label"}
@@ -80,6 +81,23 @@ def test_the_normaliser_is_needed_unless_all_candidates_are_one_token(second, no
     problem = form(DataConfig(prompt="{text}", candidates=[" terrible", second], label="label"))
     examples = problem.examples([("row 1", {"text": "a film", "label": 0})], ENCODER).examples
     assert problem.objective(examples) == CandidateCrossEntropy(normalised)
+
+
+def test_a_prompt_that_merges_with_its_answer_is_written_on_from_without_it():
+    rows = [(f"row {number}", row) for number, row in enumerate([{"q": "eab", "a": "ce"}, {"q": "ea", "a": "e"}])]
+    tokenizer, config = merging(), DataConfig(prompt="{q}", completion="{a}", answers="a")
+    problem = form(config)
+    merged, plain = examples = problem.examples(rows, Encoder(tokenizer, 100)).examples
+    assert merged.row.prompt == tuple(tokenizer.convert_tokens_to_ids(["e", "abc"]))
+    assert merged.prompt == tuple(tokenizer.convert_tokens_to_ids(["e", "ab"]))
+    assert plain.prompt == plain.row.prompt
+
+    # Evaluations of what was written from other prompts cannot be compared; training is what it was.
+    without = tuple(Example(example.row, answers=example.answers) for example in examples)
+    assert checksum(examples) != checksum(without)
+    assert checksum(problem.learnt(examples)) == checksum(without)
+    nothing_written = form(config.model_copy(update={"answers": None})).examples(rows, Encoder(tokenizer, 100)).examples
+    assert nothing_written == tuple(Example(example.row) for example in examples)
 
 
 def test_completion():

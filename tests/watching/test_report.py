@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 
 from zotune import cli, train
 from zotune.config import dump, load
+from zotune.data import Dataset
 from zotune.errors import ConfigError, JournalError
 from zotune.progress import SilentReporter
 from zotune.watching import report
+from zotune.watching.report import examples
 from zotune.watching.report.gather import Report, gather
 from zotune.watching.report.render import render
 
@@ -162,6 +164,25 @@ def test_without_rows_or_tokenizer_examples_have_their_numbers(run: Path, tmp_pa
     assert {(each.prompt, each.gold) for each in changed} == {(None, None)}
     assert {each.after for each in changed} <= {"candidate 0", "candidate 1"}
     assert "candidate 1" in Page(render(gather(folder))).text
+
+
+def test_examples_show_the_prompt_that_was_written_on_from(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(run, tmp_path / "run")
+    lines = [{"step": step, "predicted": ["x"] * 24, "right": [step > 0] * 24} for step in (0, 10)]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    whole = examples.load_data
+
+    def merged(*args: Any) -> Dataset:
+        data = whole(*args)
+        shortened = (dataclasses.replace(each, alone=each.row.prompt[:2]) for each in data.validation)
+        return dataclasses.replace(data, validation=tuple(shortened))
+
+    monkeypatch.setattr(examples, "load_data", merged)
+    found = gather(folder).changes
+    assert found is not None
+    assert {len((each.prompt or "").split()) for each in found.righted} == {2}
 
 
 def test_written_answers_are_shown_as_they_are(run: Path, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 The convention is that of MeZO (Malladi et al. 2023): the prompt is stripped of surrounding spaces, and of the tokens of
 ``prompt + candidate`` the last ``len(tokens(prompt + candidate)) - len(tokens(prompt))`` are scored. Rows that are too
-long lose tokens at the left, after the first token where that is a BOS token.
+long lose tokens at the left, after the first token where that is a BOS token. What a model writes is another matter: it
+begins from ``tokens(prompt)``, since tokens that merge across the border would give it the beginning of the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,11 +45,13 @@ class Encoded:
         rows: One per text, in order.
         cut_prompts: Rows whose prompt lost tokens at its left.
         cut_completions: Rows whose completion lost tokens at its end.
+        alone: Tokens of a prompt encoded by itself, cut as its row is, by the row's number, where they differ from it.
     """
 
     rows: tuple[Row, ...]
     cut_prompts: int = 0
     cut_completions: int = 0
+    alone: Mapping[int, Tokens] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ class Encoder:
         head, branches = self._tokens(texts)
         end = (int(self.tokenizer.eos_token_id),) if eos and self.tokenizer.eos_token_id is not None else ()
         room = self.max_length - max(len(head), 1)
-        rows, cut_prompts, cut_completions = [], 0, 0
-        for text, (body, (full,)) in zip(texts, branches, strict=True):
+        rows, alone, cut_prompts, cut_completions = [], {}, 0, 0
+        for number, (text, (body, (full,))) in enumerate(zip(texts, branches, strict=True)):
             whole = _branch(text, head, body, [full])
             tokens = whole.candidates[0].tokens + end
             kept = tokens[:room]
@@ -109,7 +112,11 @@ class Encoder:
             rows.append(fitted)
             cut_prompts += fitted is not row
             cut_completions += len(kept) < len(tokens)
-        return Encoded(tuple(rows), cut_prompts, cut_completions)
+            # Of one candidate as many tokens are shared as the prompt alone has, so both are cut by the same number.
+            own = (*head, *body[len(row.prompt) - len(fitted.prompt) :])
+            if own != fitted.prompt:
+                alone[number] = own
+        return Encoded(tuple(rows), cut_prompts, cut_completions, alone)
 
     def _tokens(self, texts: Sequence[Text]) -> tuple[Tokens, Iterator[tuple[Tokens, list[Tokens]]]]:
         """The tokens before every text, and per text the prompt's tokens and those of prompt and each candidate."""

@@ -118,8 +118,8 @@ class _Learnt:
         return CompletionNLL()
 
     def learnt(self, examples: Sequence[Example]) -> tuple[Example, ...]:
-        """All of these examples."""
-        return tuple(examples)
+        """All of these examples; nothing is written from them, so what a prompt is by itself does not count."""
+        return tuple(replace(example, alone=()) for example in examples)
 
     def check_training(self, examples: Sequence[Example]) -> None:
         """Any rows will do."""
@@ -184,7 +184,11 @@ class Conversations(_Learnt):
 
 def _completed(encoded: Encoded, answers: Sequence[tuple[str, ...]]) -> Examples:
     scored = sum(len(row.candidates[0].scored) for row in encoded.rows)
-    examples = tuple(Example(row, answers=each) for row, each in zip(encoded.rows, answers, strict=True))
+    examples = tuple(
+        # Without answers to judge by, nothing is written.
+        Example(row, answers=each, alone=encoded.alone.get(number, ()) if each else ())
+        for number, (row, each) in enumerate(zip(encoded.rows, answers, strict=True))
+    )
     return Examples(examples, f"{len(examples)} rows, {scored} tokens to learn", encoded)
 
 

@@ -173,7 +173,7 @@ def _changed(place: int, found: Sequence[Predictions], data: Dataset | None) -> 
 
     return Changed(
         number=place + 1,
-        prompt=None if data is None or example is None else data.decode(example.row.prompt).strip(),
+        prompt=None if data is None or example is None else data.decode(example.prompt).strip(),
         gold=None if example is None else " / ".join(example.answers) or told(example.gold),
         before=told(found[0].predicted[place]),
         after=told(found[-1].predicted[place]),
