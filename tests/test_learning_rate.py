@@ -27,7 +27,7 @@ Files = tuple[Path, Path]
         ({}, lambda slopes, losses: slopes[0] ** 2),
         ({"directions": 4}, lambda slopes, losses: sum(s * s for s in slopes) / 4),
         ({"directions": 16, "estimator": "one-sided"}, lambda slopes, losses: sum(s * s for s in slopes) / 4),
-        ({"preset": "fzoo"}, lambda slopes, losses: 1e-4 * sum(s * s for s in slopes) / 4 / pstdev(losses[1:])),
+        ({"preset": "fzoo"}, lambda slopes, losses: 1e-3 * sum(s * s for s in slopes) / 4 / pstdev(losses[1:])),
     ],
 )
 def test_it_is_a_share_of_the_loss_over_what_a_step_gains(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune.errors import ConfigError, NonFiniteLossError
-from zotune.optimizer import Method, Optimizer
+from zotune.optimizer import Method, Optimizer, too_near
 from zotune.protocol import CLEAN, DirectionKey, Probe, Proposal
 
 METHODS = st.builds(
@@ -71,12 +71,20 @@ def test_one_sided_step_by_hand() -> None:
 def test_a_damped_step_probes_as_far_as_the_schedule_lets_it_go() -> None:
     method = Method(estimator="damped", eps=0.5, lr=0.1, schedule="linear", warmup_steps=2)
     optimizer = Optimizer(method, steps=12)
-    distances = [optimizer.ask(step).probes[1].eps for step in (0, 1, 2, 7)]
-    # The first step of a warm-up has a learning rate of 0, and still needs a distance.
-    assert distances == [0.5, 0.25, 0.5, 0.25]
+    distances = [optimizer.ask(step).probes[1].eps for step in (2, 4, 7)]
+    assert distances == pytest.approx([0.5, 0.4, 0.25])
+    # Nearer than half, rounding would outweigh it; and a learning rate of 0 still needs a distance.
+    assert [optimizer.ask(step).probes[1].eps for step in (0, 1, 8, 11)] == [0.25] * 4
     assert optimizer.update(7, [1.0]).lr == pytest.approx(0.05)
     # A slope of 1 at the distance that was probed.
     assert [c for _, c in optimizer.tell(optimizer.ask(7), [1.0, 1.25]).terms] == [1.0]
+
+
+@pytest.mark.parametrize(("eps", "bits", "told"), [(5e-4, 16, 1), (1e-3, 16, 0), (5e-4, 32, 0)])
+def test_probes_that_16_bits_round_away_are_told(eps: float, bits: int, told: int) -> None:
+    notices = too_near(Method(eps=eps), bits)
+    assert len(notices) == told
+    assert all("method.eps = 0.0005 is below 0.001" in notice for notice in notices)
 
 
 def test_a_step_whose_directions_all_lose_the_same_has_no_estimate() -> None:

@@ -3,7 +3,7 @@ import pytest
 from zotune import config
 from zotune.config import MethodConfig
 from zotune.errors import ConfigError
-from zotune.optimizer import Method, Optimizer
+from zotune.optimizer import Method, Optimizer, too_near
 from zotune.presets import PRESETS, Preset, get, resolve
 from zotune.run import resolved
 
@@ -43,6 +43,11 @@ def test_defaults_are_the_published_ones() -> None:
     for method in (lozo, momentum, factorized, mezo, lora):
         assert (method.estimator, method.directions, method.schedule) == ("two-point", 1, "constant")
         assert (method.scope, method.weight_decay, method.distribution) == ("all", 0.0, "normal")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_preset_probes_where_16_bits_round(name: str) -> None:
+    assert too_near(get(name).method, bits=16) == []
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -116,6 +116,17 @@ def _base(run: Path) -> dict[str, torch.Tensor]:
     return built.runtime.state()
 
 
+def test_a_run_says_once_that_16_bits_round_its_probes_away(configure: Configure) -> None:
+    seen = Recorder()
+    in_16_bits = {"model": {"dtype": "bfloat16"}, "train": {"steps": 2}}
+    zotune.start(configure(method={"eps": 1e-4}, **in_16_bits), seen)
+    assert sum("method.eps = 0.0001 is below 0.001" in notice for notice in seen.notices) == 1
+    seen = Recorder()
+    zotune.start(configure(output="far", method={"eps": 1e-3}, **in_16_bits), seen)
+    zotune.start(configure(output="exact", method={"eps": 1e-4}, train={"steps": 2}), seen)
+    assert not any("method.eps" in notice for notice in seen.notices)
+
+
 def test_a_finished_run_has_nothing_left_to_do(configure: Configure, tmp_path: Path) -> None:
     done = zotune.start(configure(), Recorder())
     kept = contents(tmp_path / "run")

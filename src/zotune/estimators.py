@@ -18,7 +18,7 @@ class Estimator(Protocol):
     """What every estimator offers.
 
     Attributes:
-        eps_follows_lr: Whether the probe distance falls with the learning rate's schedule.
+        eps_follows_lr: Whether the probe distance falls with the learning rate's schedule, as far as to half.
     """
 
     eps_follows_lr: bool
@@ -95,7 +95,7 @@ class Standardised(OneSided):
 
 
 class Damped(OneSided):
-    """1.5-SPSA: forward differences, large ones damped: ``c_i / max(1, |c_i| ** 0.1)``; eps falls with the lr."""
+    """1.5-SPSA: forward differences, large ones damped: ``c_i / max(1, |c_i| ** 0.1)``; eps follows the lr."""
 
     eps_follows_lr = True
 

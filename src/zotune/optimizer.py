@@ -16,6 +16,15 @@ from zotune.schedules import factor
 _LARGEST = (2 - 2**-23) * 2.0**127
 """The largest float32, in which runtimes hold what coefficients multiply."""
 
+_NEAREST = 0.5
+"""Share of ``eps`` that is left where it falls with the schedule: rounding does not fall with it."""
+
+NEAREST_IN_16_BITS = 1e-3
+"""Probe distance below which losses of a model in 16 bits differ by rounding more than by what is probed.
+
+See docs/numerics.md, "Probe distance".
+"""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -87,6 +96,16 @@ class Method:
         return 1 / math.sqrt(self.rank) if self.normalised else 1.0
 
 
+def too_near(method: Method, bits: int) -> list[str]:
+    """A notice, if probes of a model in so many bits are too near to tell a slope from rounding."""
+    if bits > 16 or method.eps >= NEAREST_IN_16_BITS:
+        return []
+    return [
+        f"method.eps = {method.eps:g} is below {NEAREST_IN_16_BITS:g}: the losses of a model in {bits} bits differ by "
+        "rounding more than by so near a probe. Use a larger one, or model.dtype = 'float32'"
+    ]
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """Proposes the probes of each step and turns their losses into an update.
@@ -153,8 +172,7 @@ class Optimizer:
 
     def _eps(self, step: int) -> float:
         follows = ESTIMATORS[self.method.estimator].eps_follows_lr
-        # Where the schedule is at 0 nothing moves, but a probe needs a distance.
-        return self.method.eps * (self._factor(step) or 1.0) if follows else self.method.eps
+        return self.method.eps * max(self._factor(step), _NEAREST) if follows else self.method.eps
 
     def loss(self, losses: Sequence[float]) -> float:
         """The step's loss for people: the mean over its probes."""

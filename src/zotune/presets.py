@@ -40,6 +40,7 @@ _SIGNS = (
 )
 _APPLIES_PROBED = "applies the direction that was probed on every step; the official code redraws U on refresh steps"
 _V_SIDE = "V is on the input side of every linear map, also where a checkpoint stores the weight transposed (GPT-2)"
+_FURTHER = "eps is ten times the published one: at 1e-4 most of what 16-bit losses differ by is their rounding"
 _TRANSIENT = "perturbs one site at a time inside the forward, so the weights are never touched and need no restoring"
 
 _MANY: dict[str, Any] = {"distribution": "rademacher", "rank": 1}
@@ -106,15 +107,23 @@ PRESETS = {
             "fzoo",
             "eight sign directions a step against one clean score, the step in units of their losses' spread",
             "FZOO 2025, fast zeroth-order fine-tuning with Rademacher directions and steps normalised by their losses",
-            (_SIGNS, "the standard deviation is that of the N losses themselves, not an estimate of a population's"),
-            Method(**_MANY, estimator="standardised", directions=8, lr=5e-5, eps=1e-4),
+            (
+                _SIGNS,
+                _FURTHER,
+                "the standard deviation is that of the N losses themselves, not an estimate of a population's",
+            ),
+            Method(**_MANY, estimator="standardised", directions=8, lr=5e-5, eps=1e-3),
         ),
         Preset(
             "spsa-1.5",
             "forty sign directions a step against one clean score, large slopes damped: few large steps, large batches",
             "1.5-SPSA 2026, few-step zeroth-order fine-tuning with many probes of one shared clean loss",
-            (_SIGNS, "eps keeps its ratio to lr over the schedule; the ratio itself is a setting"),
-            Method(**_MANY, estimator="damped", directions=40, lr=1e-4, eps=1e-4, schedule="linear"),
+            (
+                _SIGNS,
+                "eps falls with lr to half of itself and no further, where rounding would outweigh what it probes; its "
+                "ratio to lr is a setting",
+            ),
+            Method(**_MANY, estimator="damped", directions=40, lr=1e-4, eps=1e-3, schedule="linear"),
         ),
     )
 }

@@ -18,7 +18,7 @@ from zotune.errors import JournalError
 from zotune.evaluate import Evaluation, evaluate
 from zotune.journal import Header, Journal
 from zotune.objectives import Objective, batch_losses, calibrated
-from zotune.optimizer import Optimizer
+from zotune.optimizer import Optimizer, too_near
 from zotune.paths import expand
 from zotune.presets import resolve
 from zotune.protocol import Proposal
@@ -53,12 +53,13 @@ class Session:
         blueprint = Blueprint(config.model, resolve(config.method), config.train.seed, config.runtime)
         model, tokenizer = blueprint.load()
         data = load_data(config.data, tokenizer, models.context_length(model), models.embeddings(model))
+        near = too_near(blueprint.method, 8 * models.dtype_of(config.model).itemsize)
         runtime, news = _start(config, blueprint, model, data)
         return cls(
             config,
             Optimizer(blueprint.method, config.train.steps),
             runtime,
-            replace(data, notices=(*data.notices, *left_out(model, runtime.layout))),
+            replace(data, notices=(*data.notices, *left_out(model, runtime.layout), *near)),
             BatchOrder(len(data.train), config.train.batch_size, config.train.seed),
             news,
         )
