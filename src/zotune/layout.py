@@ -49,10 +49,7 @@ class Site:
     @property
     def size(self) -> int:
         """Number of elements."""
-        product = 1
-        for extent in self.shape:
-            product *= extent
-        return product
+        return math.prod(self.shape)
 
 
 def period(sites: Iterable[Site]) -> int:

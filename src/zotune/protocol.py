@@ -56,7 +56,7 @@ class Update:
         step: The step that ends.
         window: The window it belongs to.
         terms: Direction keys with their coefficients; empty for a skipped step.
-        lr: Learning rate for matrices, in the convention of LOZO's official code (``B -= lr * c * U``).
+        lr: Learning rate of matrices and vectors, in the convention of LOZO's official code (``B -= lr * c * U``).
         closes_window: True on the last step of a window: fold, then start the next window.
     """
 
