@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune.errors import ConfigError, NonFiniteLossError
-from zotune.optimizer import Method, Optimizer, too_near
+from zotune.optimizer import Method, Optimizer
+from zotune.presets import too_near
 from zotune.protocol import CLEAN, DirectionKey, Probe, Proposal
 
 METHODS = st.builds(

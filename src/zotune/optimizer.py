@@ -19,12 +19,6 @@ _LARGEST = (2 - 2**-23) * 2.0**127
 _NEAREST = 0.5
 """Share of ``eps`` that is left where it falls with the schedule: rounding does not fall with it."""
 
-NEAREST_IN_16_BITS = 1e-3
-"""Probe distance below which losses of a model in 16 bits differ by rounding more than by what is probed.
-
-See docs/numerics.md, "Probe distance".
-"""
-
 
 @dataclass(frozen=True)
 class Method:
@@ -94,16 +88,6 @@ class Method:
     def scale(self) -> float:
         """Factor of ``U V^T`` in a direction."""
         return 1 / math.sqrt(self.rank) if self.normalised else 1.0
-
-
-def too_near(method: Method, bits: int) -> list[str]:
-    """A notice, if probes of a model in so many bits are too near to tell a slope from rounding."""
-    if bits > 16 or method.eps >= NEAREST_IN_16_BITS:
-        return []
-    return [
-        f"method.eps = {method.eps:g} is below {NEAREST_IN_16_BITS:g}: the losses of a model in {bits} bits differ by "
-        "rounding more than by so near a probe. Use a larger one, or model.dtype = 'float32'"
-    ]
 
 
 @dataclass(frozen=True)

@@ -151,3 +151,20 @@ def resolve(config: MethodConfig) -> Method:
     unset = {"preset", "lr"} if config.lr == AUTO else {"preset"}
     chosen = config.model_dump(exclude=unset, exclude_none=True)
     return replace(get(config.preset).method, **chosen)
+
+
+NEAREST_IN_16_BITS = 1e-3
+"""Probe distance below which losses of a model in 16 bits differ by rounding more than by what is probed.
+
+See docs/numerics.md, "Probe distance".
+"""
+
+
+def too_near(method: Method, bits: int) -> list[str]:
+    """A notice, if probes of a model in so many bits are too near to tell a slope from rounding."""
+    if bits > 16 or method.eps >= NEAREST_IN_16_BITS:
+        return []
+    return [
+        f"method.eps = {method.eps:g} is below {NEAREST_IN_16_BITS:g}: the losses of a model in {bits} bits differ by "
+        "rounding more than by so near a probe. Use a larger one, or model.dtype = 'float32'"
+    ]

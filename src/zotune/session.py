@@ -18,9 +18,9 @@ from zotune.errors import JournalError
 from zotune.evaluate import Evaluation, evaluate
 from zotune.journal import Header, Journal
 from zotune.objectives import Objective, batch_losses, calibrated
-from zotune.optimizer import Optimizer, too_near
+from zotune.optimizer import Optimizer
 from zotune.paths import expand
-from zotune.presets import resolve
+from zotune.presets import resolve, too_near
 from zotune.protocol import Proposal
 from zotune.rows import Example, checksum
 from zotune.run import RunDirectory
