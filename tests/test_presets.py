@@ -3,8 +3,8 @@ import pytest
 from zotune import config
 from zotune.config import MethodConfig
 from zotune.errors import ConfigError
-from zotune.optimizer import Method, Optimizer, too_near
-from zotune.presets import PRESETS, Preset, get, resolve
+from zotune.optimizer import Method, Optimizer
+from zotune.presets import PRESETS, Preset, get, resolve, too_near
 from zotune.run import resolved
 
 METHODS_OF_ISSUE = {"lozo", "lozo-m", "mezo-factorized", "mezo", "mezo-lora"}
