@@ -100,7 +100,7 @@ def test_a_model_that_wants_more_than_tokens_is_compared_with_itself_alone() -> 
     model = tiny.model("llama")
     forward = model.forward
     model.forward = lambda *args, more=None, **kwargs: forward(*args, **kwargs) if more else None
-    assert trial._own_scores(model, tiny.rows("multi", 1)[0]) is None
+    assert trial._own_scores(model, tiny.rows("single", 1)[0]) is None
 
 
 @pytest.mark.parametrize("normalised", [True, False])

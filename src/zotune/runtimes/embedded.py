@@ -125,10 +125,10 @@ class EmbeddedRuntime:
 
     @torch.inference_mode()
     def _clean_scores(self, rows: Sequence[Row], blocks: int) -> np.ndarray:
-        """Log-likelihoods under the clean model, of the last of so many equal blocks, float32 ``(candidates,)``."""
+        """Scores of the clean model, of the last of so many equal blocks; see `zotune.runtimes.trial.Scores`."""
         self.space.probe([CLEAN] * blocks)
         self.space.show()
-        packed = pack(rows, normalised=True, spans=self._spans)
+        packed = pack(rows, normalised=False, spans=self._spans)
         return self._read(self._forward(packed.to(self.model.device), blocks), packed)[-1]
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from typing import Any
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -21,8 +22,16 @@ _MOST = 2**31 - 1
 
 def keep_freed() -> None:
     """Have this process keep what it frees for its next allocations, where the C library is glibc."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _MOST), (_M_TOP_PAD, _AHEAD)):
-        libc.mallopt(option, value)
+    if (libc := _glibc()) is not None:
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _MOST), (_M_TOP_PAD, _AHEAD)):
+            libc.mallopt(option, value)
+
+
+def give_back() -> None:
+    """Give back what this process has freed so far, such as weights that are stored elsewhere now."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

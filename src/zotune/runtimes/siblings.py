@@ -7,20 +7,23 @@ factors beside them, and each layer's parameters are views of that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from zotune.runtimes import heap
 from zotune.runtimes.appended import AppendedProduct
 from zotune.runtimes.modules import Shape, TunedLinear
 from zotune.runtimes.projection import Projection
 from zotune.runtimes.sites import decays, is_routed
 from zotune.runtimes.skinny import SkinnyProduct
+
+_FREED = 2**24
+"""Bytes of weights that may lie free before they are given back."""
 
 Room = Callable[[Sequence[nn.Linear], Sequence[str]], int]
 """Columns of room for linear layers of these names that take the same input."""
@@ -104,7 +107,18 @@ def find(model: PreTrainedModel, room: Room = lambda layers, names: 0) -> list[S
     groups = [[layer for layer in group if fits(layer)] for group in calls]
     alike = [group for group in groups if len(set(map(kind, group))) == 1]
     roomy = [(group, room(group, [names[layer] for layer in group])) for group in alike]
-    return [Siblings(group, columns) for group, columns in roomy if columns or len(group) > 1]
+    return list(_stored((group, columns) for group, columns in roomy if columns or len(group) > 1))
+
+
+def _stored(groups: Iterable[tuple[list[nn.Linear], int]]) -> Iterator[Siblings]:
+    """Store the layers of each group together, without keeping more than a little of what that frees."""
+    freed = 0
+    for group, columns in groups:
+        freed += sum(layer.weight.nbytes for layer in group)
+        yield Siblings(group, columns)
+        if freed > _FREED:
+            heap.give_back()
+            freed = 0
 
 
 def _called_in_turn(model: PreTrainedModel) -> list[list[nn.Linear]]:
@@ -140,8 +154,12 @@ def _called_in_turn(model: PreTrainedModel) -> list[list[nn.Linear]]:
 
 def _together(parameters: Sequence[Tensor], room: int = 0) -> Tensor:
     """What parameters hold, one below the other, with columns of zeros beside them; they become views of it."""
-    held = torch.cat([parameter.data for parameter in parameters])
-    stored = F.pad(held, (0, room)) if room else held
+    first = parameters[0]
+    shape = (sum(map(len, parameters)), *first.shape[1:-1], first.shape[-1] + room) if room else None
+    stored = torch.cat([parameter.data for parameter in parameters]) if shape is None else first.data.new_zeros(shape)
     for parameter, view in zip(parameters, stored.split([len(each) for each in parameters]), strict=True):
-        parameter.data = view[:, : parameter.shape[1]] if room else view
+        if room:
+            view = view[:, : parameter.shape[1]]
+            view.copy_(parameter.data)
+        parameter.data = view
     return stored

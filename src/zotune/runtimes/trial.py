@@ -19,7 +19,7 @@ from zotune.errors import ModelError, reason
 from zotune.rows import Candidate, Row
 
 Scores = Callable[[Sequence[Row]], np.ndarray]
-"""Log-likelihoods of the candidates of rows in one pack, float32 ``(candidates,)``."""
+"""Scores of the candidates of rows in one pack, float32 ``(candidates,)``, up to a constant of each row."""
 
 _APART, _APART_IN_16_BITS = 1e-4, 5e-3
 """How far a row's scores may move beside another row, over one plus their size: experts alone round differently."""
@@ -40,9 +40,10 @@ class Trial:
         vocabulary = model.config.get_text_config().vocab_size
         # From the middle, because the ends have tokens with a meaning of their own.
         tokens = tuple((vocabulary // 3 + each) % vocabulary for each in range(24))
-        branches = (Candidate(tokens[16:18], (0, 1)), Candidate(tokens[18:21], (0, 1, 2)))
-        self._row = Row(tokens[:7], branches)
-        self._before, self._other = (Row(tokens[at : at + 5], branches) for at in (3, 11))
+        # Of one token each, whose rows of the head are little memory.
+        candidates = tuple(Candidate((token,), (0,)) for token in tokens[16:])
+        self._row = Row(tokens[:7], candidates)
+        self._before, self._other = (Row(tokens[at : at + 5], candidates) for at in (3, 11))
         self._own = _own_scores(model, self._row)
 
     def require(self, scores: Scores) -> None:
@@ -55,7 +56,9 @@ class Trial:
             ModelError: They do not.
         """
         try:
-            beside, other = scores([self._before, self._row])[-2:], scores([self._other, self._row])[-2:]
+            beside, other = (
+                _centred(scores([row, self._row])[-len(self._row.candidates) :]) for row in (self._before, self._other)
+            )
         except ModelError:
             raise
         except Exception as error:  # Whatever a foreign model raises on tokens that lie otherwise than it is used to.
@@ -79,17 +82,16 @@ class Trial:
 
 @torch.inference_mode()
 def _own_scores(model: PreTrainedModel, row: Row) -> np.ndarray | None:
-    """The model's own log-likelihoods of a row's candidates; None if it wants more than tokens."""
-    found = []
-    for candidate in row.candidates:
-        tokens = torch.tensor([[*row.prompt, *candidate.tokens]], device=model.device)
-        try:
-            logits = model(input_ids=tokens, use_cache=False).logits[0].float()
-        except Exception:  # As above.
-            return None
-        at = torch.arange(len(row.prompt), tokens.shape[1], device=model.device)
-        found.append(float(logits.log_softmax(-1)[at - 1, tokens[0, at]].sum()))
-    return np.array(found, dtype=np.float32)
+    """The model's own scores of a row's candidates; None if it wants more than tokens."""
+    try:
+        logits = model(input_ids=torch.tensor([row.prompt], device=model.device), use_cache=False).logits[0, -1]
+    except Exception:  # As above.
+        return None
+    return _centred(logits[[candidate.tokens[0] for candidate in row.candidates]].float().cpu().numpy())
+
+
+def _centred(scores: np.ndarray) -> np.ndarray:
+    return np.asarray(scores - scores.mean())
 
 
 def _distance(found: np.ndarray, expected: np.ndarray) -> float:
