@@ -59,7 +59,8 @@ class Trial:
             beside, other = (
                 _centred(scores([row, self._row])[-len(self._row.candidates) :]) for row in (self._before, self._other)
             )
-        except ModelError:
+        except (ModelError, MemoryError, torch.cuda.OutOfMemoryError):
+            # Says itself what is wrong, and nothing of how the model reads.
             raise
         except Exception as error:  # Whatever a foreign model raises on tokens that lie otherwise than it is used to.
             raise self._refusal(f"it fails on a pack of rows, {type(error).__name__}: {reason(error)}") from error
