@@ -164,9 +164,8 @@ def _require_embedded(
     """
     for (where, _), example in zip(rows, examples, strict=True):
         row = example.row
-        token = max(
-            max(tokens) for tokens in (example.prompt, row.prompt, *(candidate.tokens for candidate in row.candidates))
-        )
+        parts = (example.alone, row.prompt, *(candidate.tokens for candidate in row.candidates))
+        token = max(max(tokens, default=0) for tokens in parts)
         if token >= embeddings:
             raise DataError(
                 f"{'data.bos' if token == bos else where}: the token {tokenizer.convert_ids_to_tokens(token)!r} "

@@ -107,14 +107,14 @@ class EmbeddedRuntime:
         self.timings = {"draw": 0.0, "pack": 0.0, "forward": 0.0, "read": 0.0, "apply": 0.0}
         try:
             self._try(trial)
-        except ModelError:
+        except Exception:
             self.close()
             raise
 
     def _try(self, trial: Trial) -> None:
         """Make sure that packs give what the model does; a trunk that it cannot have is left out."""
         if self.model.config.get_text_config()._attn_implementation != attention.NAME:
-            trial.refuse("its attention is its own")
+            raise trial.refusal("its attention is its own")
         trial.require(partial(self._clean_scores, blocks=1))
         if self._trunk.branches:
             try:

@@ -39,9 +39,9 @@ class Projection(ABC):
         return self.terms * sum(member.width for member in self.members)
 
     @property
+    @abstractmethod
     def rows(self) -> int:
         """The same with what fills them up."""
-        return self.needed
 
     @property
     def moves(self) -> bool:

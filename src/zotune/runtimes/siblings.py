@@ -43,7 +43,7 @@ class Siblings:
 
     def __init__(self, layers: Sequence[nn.Linear], room: int = 0) -> None:
         self.layers, self.room = tuple(layers), room
-        self._stored = _together([layer.weight for layer in layers], room)
+        self._stored = _with_room([layer.weight for layer in layers], room)
         self._bias = None if layers[0].bias is None else _together([layer.bias for layer in layers])
         self._widths = [layer.out_features for layer in layers]
         self._input: Tensor | None = None
@@ -71,7 +71,7 @@ class Siblings:
     def close(self) -> None:
         """Give layers that have room beside their weights weights without it."""
         if self.room:
-            _together([layer.weight for layer in self.layers])
+            _with_room([layer.weight for layer in self.layers], 0)
 
     def _output(self, at: int, x: Tensor) -> Tensor:
         """The output of one layer, ``(..., out)``; the first that is called computes those of all."""
@@ -152,14 +152,18 @@ def _called_in_turn(model: PreTrainedModel) -> list[list[nn.Linear]]:
     return calls
 
 
-def _together(parameters: Sequence[Tensor], room: int = 0) -> Tensor:
-    """What parameters hold, one below the other, with columns of zeros beside them; they become views of it."""
-    first = parameters[0]
-    shape = (sum(map(len, parameters)), *first.shape[1:-1], first.shape[-1] + room) if room else None
-    stored = torch.cat([parameter.data for parameter in parameters]) if shape is None else first.data.new_zeros(shape)
-    for parameter, view in zip(parameters, stored.split([len(each) for each in parameters]), strict=True):
-        if room:
-            view = view[:, : parameter.shape[1]]
-            view.copy_(parameter.data)
-        parameter.data = view
+def _with_room(weights: Sequence[Tensor], room: int) -> Tensor:
+    """What weights hold, one below the other, with columns of zeros beside them; they become views of it."""
+    inputs = weights[0].shape[1]
+    stored = weights[0].data.new_zeros(sum(map(len, weights)), inputs + room)
+    for weight, rows in zip(weights, stored.split([len(each) for each in weights]), strict=True):
+        weight.data = rows[:, :inputs].copy_(weight.data)
+    return stored
+
+
+def _together(biases: Sequence[Tensor]) -> Tensor:
+    """What biases hold, one behind the other; they become views of it."""
+    stored = torch.cat([bias.data for bias in biases])
+    for bias, part in zip(biases, stored.split([len(each) for each in biases]), strict=True):
+        bias.data = part
     return stored

@@ -9,7 +9,6 @@ another row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -63,17 +62,14 @@ class Trial:
             # Says itself what is wrong, and nothing of how the model reads.
             raise
         except Exception as error:  # Whatever a foreign model raises on tokens that lie otherwise than it is used to.
-            raise self._refusal(f"it fails on a pack of rows, {type(error).__name__}: {reason(error)}") from error
+            raise self.refusal(f"it fails on a pack of rows, {type(error).__name__}: {reason(error)}") from error
         if _distance(beside, other) > (_APART if self._exact else _APART_IN_16_BITS):
-            self.refuse("what it says of a row depends on the row before it in a pack")
+            raise self.refusal("what it says of a row depends on the row before it in a pack")
         if self._own is not None and _distance(beside, self._own) > (_OWN if self._exact else _OWN_IN_16_BITS):
-            self.refuse("its scores in a pack are not those of its own forward")
+            raise self.refusal("its scores in a pack are not those of its own forward")
 
-    def refuse(self, why: str) -> NoReturn:
-        """Raise a `ModelError` that says why the model cannot read packs, and what to do."""
-        raise self._refusal(why)
-
-    def _refusal(self, why: str) -> ModelError:
+    def refusal(self, why: str) -> ModelError:
+        """What says why the model cannot read packs, and what to do."""
         return ModelError(
             f"{self._name} cannot be tuned on PyTorch: {why}. Its tokens meet otherwise than by attention through "
             "transformers' interface, as in Mamba, Falcon or BLOOM. Set runtime.type = 'vllm', if vLLM knows the "

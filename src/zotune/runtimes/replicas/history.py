@@ -12,6 +12,7 @@ from torch import Tensor
 from zotune import checkpoint
 from zotune.journal import read
 from zotune.protocol import Update
+from zotune.run import RunDirectory
 from zotune.runtimes import wire
 
 
@@ -68,9 +69,9 @@ class History:
     def foundation(self) -> Foundation:
         """The newest state that is at hand."""
         if self._run is not None and self._first is not None:
-            journal, last = self._run / "journal.jsonl", self._first + len(self._updates)
+            run, last = RunDirectory(self._run), self._first + len(self._updates)
             saved = checkpoint.newest(
-                self._run / "checkpoints", upto=last, identity=lambda step: read(journal).identity(step)
+                run.checkpoints, upto=last, identity=lambda step: read(run.journal).identity(step)
             )
             if saved is not None and saved[0] > self._first:
                 step, window, state = saved
