@@ -74,15 +74,19 @@ class Run:
             self.runtime.team.tend()
             time.sleep(0.02)
 
+    def take_until(self, condition: Callable[[], bool]) -> None:
+        """Go on until something is so; steps as small as these can be done before a replica is asked for its share."""
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert time.monotonic() < deadline, self.runtime.news()
+            self.take(1)
+
     def kill(self, *numbers: int) -> None:
-        """Kill replicas and go on until all are missed; a share as small as these can be done before one is asked."""
+        """Kill replicas and go on until all are missed."""
         victims = [self.runtime.team.members[number] for number in numbers]
         for victim in victims:
             os.kill(victim.record.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 300
-        while any(victim in self.runtime.team.members.values() for victim in victims):
-            assert time.monotonic() < deadline, self.runtime.news()
-            self.take(1)
+        self.take_until(lambda: not any(victim in self.runtime.team.members.values() for victim in victims))
 
     def pid(self, number: int) -> int:
         return self.runtime.team.members[number].record.pid
@@ -178,8 +182,7 @@ def test_an_added_replica_has_the_others_bits_before_it_scores(configure: Config
         state = old.fetch()
         for each in new:
             assert_same(each.fetch(), state)
-        run.take(2)
-        assert None not in [each.figures.speed for each in new], "now they have"
+        run.take_until(lambda: None not in [each.figures.speed for each in new])
         run.runtime.team.resize(1)
         run.take(2)
         assert list(run.runtime.team.members) == [0]
