@@ -20,6 +20,8 @@ from zotune.bench.results import every
 from zotune.bench.sides import OFFICIAL
 from zotune.errors import ZotuneError
 
+PARTS = ("scaling", "overhead")
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--runtimes", nargs="+", default=["torch", "vllm", "vllm-compiled"], help="besides the official step"
     )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="steps as wholes, and by their phases")
     parser.add_argument("--out", type=Path, default=Path("gpu-steps"), help="folder of results")
     parser.add_argument("--repeats", type=int, default=20, help="timed steps per case")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so long; call again")
@@ -42,9 +45,11 @@ def measure(model: str, runtimes: list[str], chosen: argparse.Namespace, began: 
         left = max(0.0, chosen.minutes - (time.monotonic() - began) / 60)
         return {"folder": chosen.out, "repeats": repeats, "minutes": left, "retry": chosen.retry}
 
-    scaling(Plan([model], [OFFICIAL], chosen.batches), **options(max(3, chosen.repeats // 4)))
-    scaling(Plan([model], runtimes, chosen.batches), **options(chosen.repeats))
-    overhead(Plan([model], runtimes, chosen.batches[:1]), **options(chosen.repeats))
+    if "scaling" in chosen.parts:
+        scaling(Plan([model], [OFFICIAL], chosen.batches), **options(max(3, chosen.repeats // 4)))
+        scaling(Plan([model], runtimes, chosen.batches), **options(chosen.repeats))
+    if "overhead" in chosen.parts:
+        overhead(Plan([model], runtimes, chosen.batches[:1]), **options(chosen.repeats))
 
 
 def main() -> None:

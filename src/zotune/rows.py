@@ -39,6 +39,11 @@ class Row:
         return all(len(candidate.tokens) == 1 for candidate in self.candidates)
 
     @cached_property
+    def targets(self) -> tuple[int, ...]:
+        """Token ids whose log-probabilities count, candidate by candidate."""
+        return tuple(candidate.tokens[at] for candidate in self.candidates for at in candidate.scored)
+
+    @cached_property
     def n_tokens(self) -> int:
         """Tokens that a forward pass computes for this row."""
         # The last token of a branch predicts nothing that counts, so it is not computed.

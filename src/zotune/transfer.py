@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,30 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def into(there: Tensor, tensor: Tensor) -> None:
-    """Write a CPU tensor into one of a device, as `onto` does."""
-    there.copy_(tensor.pin_memory() if there.device.type == "cuda" else tensor, non_blocking=True)
+class Inbox:
+    """A tensor of a device that the host writes anew again and again.
+
+    Attributes:
+        there: The tensor, at first zeros.
+
+    Args:
+        shape: Of it.
+        dtype: Of it.
+        device: Its device. A GPU's has a tensor in pinned memory, which is kept: to get one anew takes longer than a
+            copy.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.there = torch.zeros(*shape, dtype=dtype, device=device)
+        self._pinned = torch.zeros(*shape, dtype=dtype, pin_memory=True) if device.type == "cuda" else None
+        self._taken = torch.cuda.Event() if device.type == "cuda" else None
+
+    def write(self, tensors: Sequence[Tensor]) -> None:
+        """Write CPU tensors one behind the other, which may change at once; a GPU takes them in its own time."""
+        if self._pinned is None or self._taken is None:
+            self.there.copy_(torch.cat(list(tensors)))
+            return
+        self._taken.synchronize()
+        torch.cat(list(tensors), out=self._pinned)
+        self.there.copy_(self._pinned, non_blocking=True)
+        self._taken.record(torch.cuda.current_stream(self.there.device))

@@ -1,4 +1,4 @@
-"""What only a GPU runs: FlashAttention over spans, graphs, the compiled fold; and all else once more, over there."""
+"""What only a GPU runs: FlashAttention over spans, graphs, the kernel of a fold; and all else once more, over there."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from zotune.optimizer import Method, Optimizer
 from zotune.protocol import Probe
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.folding import StochasticFold
-from zotune.runtimes.move import Move
+from zotune.runtimes.move import LowRankChange, Move
 from zotune.testing import conformance, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -83,6 +83,21 @@ def test_a_fold_has_the_bits_of_a_cpu(shape: tuple[int, ...], dtype: torch.dtype
     StochasticFold(3).add(Move(site, weight, change.__getitem__), 12)
     StochasticFold(3).add(Move(site, moved, change.cuda().__getitem__), 12)
     assert torch.equal(moved.cpu(), weight)
+
+
+@pytest.mark.parametrize("shape", [(300, 5000), (1, 7), (7, 1), (40, 9)], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 16])
+def test_a_low_rank_change_is_folded_with_the_bits_of_a_cpu(shape: tuple[int, int], rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Few bits, so that no order of the products' sum rounds.
+    left, right = (torch.randint(-8, 8, (n, rank), generator=generator) / 256 for n in shape)
+    weight, site = torch.randn(shape, generator=generator).bfloat16(), Site("w", shape)
+    # As GPT-2 stores it.
+    other, moved = weight.T.contiguous().cuda().T, weight.cuda()
+    StochasticFold(3).add(Move(site, weight, LowRankChange(left, right)), 12)
+    for each in (moved, other):
+        StochasticFold(3).add(Move(site, each, LowRankChange(left.cuda(), right.cuda())), 12)
+        assert torch.equal(each.cpu(), weight)
 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])

@@ -1,49 +1,68 @@
 """The fold of a GPU against the one chunk by chunk: the same noise, so the same bits."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
+from zotune import runtimes
 from zotune.layout import Site
 from zotune.noise import NoiseBlock, bits16_at, hashes, streams
 from zotune.runtimes import folding, fused
 from zotune.runtimes.folding import StochasticFold
-from zotune.runtimes.move import Move
+from zotune.runtimes.move import Change, LowRankChange, Move
 
 KEY = "fold/3/12"
+KERNEL = "zotune.runtimes.fold_kernel"
 
 
-def folded(start: dict[str, Tensor], change: dict[str, Tensor], keep: dict[str, float]) -> dict[str, Tensor]:
-    weights = {name: weight.clone() for name, weight in start.items()}
-    moves = (Move(Site(name, tuple(w.shape)), w, change[name].__getitem__, keep[name]) for name, w in weights.items())
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel on the CPU, by Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, KERNEL, None)  # type: ignore[arg-type]
+    del sys.modules[KERNEL]
+    monkeypatch.setattr(runtimes, "fold_kernel", importlib.import_module(KERNEL), raising=False)
+
+
+def folded(
+    start: dict[str, Tensor], change: dict[str, Change], keep: dict[str, float], *, as_stored: bool = True
+) -> dict[str, Tensor]:
+    weights = {name: weight.clone(memory_format=torch.preserve_format) for name, weight in start.items()}
+    moves = [Move(Site(name, tuple(w.shape)), w, change[name], keep[name]) for name, w in weights.items()]
+    if not as_stored:
+        moves = [Move(m.site, m.weight.contiguous(), m.change, m.keep) for m in moves]
     StochasticFold(3).add_all(moves, 12)
-    return weights
+    return {move.site.name: move.weight for move in moves}
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "compiled"),
+    ("shape", "dtype"),
     [
-        *(((70, 33), dtype, False) for dtype in (torch.bfloat16, torch.float16)),
-        ((1, 5), torch.bfloat16, False),
-        ((64,), torch.bfloat16, False),
+        *(((70, 33), dtype) for dtype in (torch.bfloat16, torch.float16)),
+        *(((9, 1100), dtype) for dtype in (torch.bfloat16, torch.float16)),
+        ((1, 5), torch.bfloat16),
+        ((64,), torch.bfloat16),
         # A vector of two streams of noise.
-        (((1 << 19) + 5,), torch.bfloat16, False),
-        ((4096, 300), torch.bfloat16, True),
+        (((1 << 19) + 5,), torch.bfloat16),
+        # A matrix of three, the last of which is not full.
+        ((320, 4096), torch.bfloat16),
     ],
     ids=str,
 )
-def test_it_folds_to_the_same_bits(
-    shape: tuple[int, ...], dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_folds_to_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"first": (9,), "w": shape, "matrix": (3, 5), "decayed": (11,), "last": (30,)}
     start = {name: torch.randn(each, generator=generator).to(dtype) for name, each in shapes.items()}
-    change = {name: torch.randn(each, generator=generator) / 20 for name, each in shapes.items()}
+    # As small as they come, where float16 has steps of one size.
+    start["matrix"] *= 2.0**-15
+    change = {name: (torch.randn(each, generator=generator) / 20).__getitem__ for name, each in shapes.items()}
     keep = dict.fromkeys(shapes, 1.0) | {"w": 0.999, "decayed": 0.999}
     expected = folded(start, change, keep)
-    if not compiled:
-        monkeypatch.setattr(fused, "_kernel", lambda: fused.fold_rows)
-    # Several kernels for the largest, whose rows are in three chunks.
+    # Several kernels for the largest.
     monkeypatch.setattr(fused, "_LARGEST", 600_000)
     monkeypatch.setattr(folding, "_on_gpu", lambda _: True)
     found = folded(start, change, keep)
@@ -52,8 +71,28 @@ def test_it_folds_to_the_same_bits(
         assert not torch.equal(found[name], start[name])
 
 
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+def test_a_low_rank_change_is_multiplied_out_in_the_kernel(
+    rank: int, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Few bits, so that no order of the products' sum rounds.
+    left, right = (torch.randint(-8, 8, (n, rank), generator=generator) / 256 for n in (21, 1030))
+    weight = torch.randn(21, 1030, generator=generator).bfloat16()
+    if stored == "columns":
+        weight = weight.T.contiguous().T
+    start, keep = {"w": weight}, {"w": 1.0}
+    expected = folded(start, {"w": (left @ right.T).__getitem__}, keep, as_stored=False)
+    monkeypatch.setattr(folding, "_on_gpu", lambda _: True)
+    # Both are parts of something larger, as a site's update is.
+    wide = [torch.cat([each, each + 1], 1)[:, :rank] for each in (left, right)]
+    found = folded(start, {"w": LowRankChange(*wide)}, keep)
+    assert found["w"].stride() == weight.stride()
+    assert torch.equal(found["w"], expected["w"])
+
+
 def test_the_next_fold_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_kernel", lambda: fused.fold_rows)
     start, shapes = torch.ones(40), {"a": (8, 5), "b": (40,)}
     outcomes = []
     for on_gpu in (True, False):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zotune.rows import Row
 from zotune.runtimes.packing import Pack
-from zotune.transfer import into, onto
+from zotune.transfer import Inbox
 
 Forward = Callable[[Pack], Tensor]
 
@@ -57,7 +57,7 @@ class Graphs:
             blocks: That it is computed for.
             state: What else may make a difference to the operations of the forward.
         """
-        shapes = tuple(tensor.shape for tensor in pack.tensors())
+        shapes = tuple(map(len, pack.tensors()))
         assert pack.spans is not None
         key = (state, blocks, shapes, pack.vocabulary is None, pack.spans.longest)
         if key in self._captured:
@@ -84,12 +84,14 @@ class _Captured:
     def __init__(self, forward: Forward, pack: Pack, device: torch.device, memory: Any) -> None:
         # What is captured and replayed is a stream of the current device, which need not be the model's.
         self._current = partial(torch.cuda.device, device)
-        self._flat, self._graph = onto(pack.flat(), device), torch.cuda.CUDAGraph()
+        parts = pack.tensors()
+        self._inbox, self._graph = Inbox([sum(map(len, parts))], torch.int64, device), torch.cuda.CUDAGraph()
+        self._inbox.write(parts)
         with self._current(), torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
-            self._scores = forward(pack.over(self._flat))
+            self._scores = forward(pack.over(self._inbox.there))
 
     def __call__(self, pack: Pack) -> Tensor:
-        into(self._flat, pack.flat())
+        self._inbox.write(pack.tensors())
         with self._current():
             self._graph.replay()
         return self._scores

@@ -27,7 +27,7 @@ from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.folding import Fold
 from zotune.runtimes.mixture import Lookup, Vector
-from zotune.runtimes.move import Move
+from zotune.runtimes.move import LowRankChange, Move
 from zotune.runtimes.projection import Projection
 from zotune.runtimes.skinny import SkinnyProduct
 from zotune.runtimes.stage import MatrixView, Stage
@@ -102,9 +102,10 @@ class LowRankMatrix:
         shift = torch.einsum("ktjr,kj->ktr", found, mix) @ v[:rank]
         return lookup(weight).view(shift.shape).float().mul_(self.keep).add_(shift).to(weight.dtype)
 
-    def change(self, rows: slice) -> Tensor:
-        """The accumulated update ``B V^T`` of some rows, float32."""
-        return self.update[rows] @ self.v.T
+    @property
+    def change(self) -> LowRankChange:
+        """The accumulated update ``B V^T``."""
+        return LowRankChange(self.update, self.v)
 
 
 class LowRankSpace:

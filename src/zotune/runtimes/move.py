@@ -14,6 +14,23 @@ Change = Callable[[slice], Tensor]
 
 
 @dataclass(frozen=True)
+class LowRankChange:
+    """``left right^T``, multiplied out row by row as it is asked for.
+
+    Attributes:
+        left: float32 ``(out, r)``.
+        right: float32 ``(in, r)``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __call__(self, rows: slice) -> Tensor:
+        """See `Change`."""
+        return self.left[rows] @ self.right.T
+
+
+@dataclass(frozen=True)
 class Move:
     """``weight <- keep * weight + change``.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -129,8 +129,7 @@ def _with_tensors(item: Any, tensors: Iterator[Tensor]) -> Any:
     return item
 
 
-@dataclass(frozen=True)
-class _Sequence:
+class _Sequence(NamedTuple):
     """A prompt, or a branch of one: where its tokens lie, and those of the prompt before it."""
 
     start: int
@@ -167,9 +166,9 @@ def pack(rows: Sequence[Row], *, normalised: bool, spans: bool = False) -> Pack:
     prompts, prompt_starts = _add_prompts(block, rows)
     branches, branch_starts = _add_branches(block, rows, prompt_starts)
     sources, targets, starts = _scored(rows, prompt_starts, branch_starts)
-    kept, place = np.unique(sources, return_inverse=True)
+    kept, place = _distinct(sources)
     narrow = not normalised and all(row.single_token for row in rows)
-    vocabulary, columns = np.unique(targets, return_inverse=True) if narrow else (None, targets)
+    vocabulary, columns = _distinct(targets) if narrow else (None, targets)
     return Pack(
         tokens=_tensor(block.tokens),
         positions=_tensor(block.positions),
@@ -180,6 +179,13 @@ def pack(rows: Sequence[Row], *, normalised: bool, spans: bool = False) -> Pack:
         picked=(_tensor(place), _tensor(columns)),
         starts=starts,
     )
+
+
+def _distinct(values: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The different values, ascending, and the place of each value among them."""
+    found = sorted(set(values))
+    places = {value: place for place, value in enumerate(found)}
+    return found, [places[value] for value in values]
 
 
 def _tensor(values: Sequence[int] | np.ndarray) -> Tensor:
@@ -251,19 +257,23 @@ def _group(members: Sequence[_Sequence], before: int, padded: int) -> Group:
 
 def _scored(
     rows: Sequence[Row], prompt_starts: Sequence[int], branch_starts: dict[tuple[int, int], int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[list[int], list[int], np.ndarray]:
     """For every scored token, the block's token that predicts it and its id; and where each candidate's begin."""
     sources: list[int] = []
     targets: list[int] = []
     starts: list[int] = []
     for i, row in enumerate(rows):
         last = prompt_starts[i] + len(row.prompt) - 1
+        targets += row.targets
+        if row.single_token:
+            starts += range(len(sources), len(sources) + len(row.candidates))
+            sources += [last] * len(row.candidates)
+            continue
         for c, candidate in enumerate(row.candidates):
             starts.append(len(sources))
             branch = branch_starts.get((i, c), 0)
             sources += [last if at == 0 else branch + at - 1 for at in candidate.scored]
-            targets += [candidate.tokens[at] for at in candidate.scored]
-    return np.array(sources), np.array(targets), np.array(starts)
+    return sources, targets, np.array(starts)
 
 
 def cut(costs: Sequence[int], budget: int) -> Iterator[slice]:

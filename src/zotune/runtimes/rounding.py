@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MANTISSA_BITS_CUT = {torch.bfloat16: 16, torch.float16: 13}
+MANTISSA_BITS_CUT = {torch.bfloat16: 16, torch.float16: 13}
+"""Bits of a float32 that its rounding to a dtype cuts off."""
 _FLOAT16_SMALLEST_NORMAL = 2.0**-14
 _FLOAT16_STEP_BELOW = 2.0**-24
 
@@ -21,7 +22,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
     Returns:
         Tensor of ``dtype`` whose expectation over ``bits`` is ``values``, to 16 bits of probability.
     """
-    cut = _MANTISSA_BITS_CUT[dtype]
+    cut = MANTISSA_BITS_CUT[dtype]
     # Adding uniform low bits to the magnitude carries into the kept bits with the right probability.
     low = bits if cut == 16 else bits >> (16 - cut)
     rounded = values.view(torch.int32).add(low).bitwise_and_(-(1 << cut)).view(torch.float32)

@@ -20,7 +20,7 @@ from zotune.protocol import DirectionKey, Probe
 from zotune.runtimes.appended import AppendedProduct, Beside
 from zotune.runtimes.mixture import Mixture, Vector
 from zotune.runtimes.skinny import SkinnyProduct
-from zotune.transfer import into
+from zotune.transfer import Inbox
 
 if TYPE_CHECKING:
     from zotune.runtimes.lowrank import LowRankMatrix
@@ -70,7 +70,8 @@ class Stage:
             torch.zeros(blocks, dtype=torch.int64, device=device),
             torch.zeros(blocks, 1, device=device),
         )
-        self._streams = torch.zeros(directions, 2, len(layout.shapes), dtype=torch.int64, device=device)
+        self._inbox = Inbox([2 * directions, len(layout.shapes)], torch.int64, device)
+        self._streams = self._inbox.there.view(directions, 2, len(layout.shapes))
         self._directions = torch.zeros(max(1, directions), layout.size, device=device)
         self._shift = torch.zeros(blocks, layout.size, device=device)
         places = dict(zip(self._states, layout.views(torch.arange(layout.size)), strict=True))
@@ -131,7 +132,7 @@ class Stage:
             self._beside.mix()
             self._pattern = pattern
         if keys:
-            into(self._streams, torch.stack([self._drawing.streams(key) for key in keys]))
+            self._inbox.write([self._drawing.streams(key) for key in keys])
         return dict(zip(keys, self._directions, strict=False))
 
     def show(self, update: Tensor, window: int) -> None:

@@ -30,7 +30,7 @@ from zotune.runtimes.engine.weights import Weights
 from zotune.runtimes.folding import Fold
 from zotune.runtimes.lowrank import LowRankMatrix
 from zotune.runtimes.mixture import Vector
-from zotune.runtimes.move import Change, Move
+from zotune.runtimes.move import LowRankChange, Move
 
 
 class Stack:
@@ -64,11 +64,10 @@ class Stack:
         """Whether there is no room for another window."""
         return self.v is not None and self.used + rank > self.v.shape[1]
 
-    def change(self, device: torch.device) -> Change:
+    def change(self, device: torch.device) -> LowRankChange:
         """The sum of a matrix's windows, to be computed on a device."""
         assert self.v is not None
-        b, v = self.b[:, : self.used].to(device), self.v[:, : self.used].to(device)
-        return lambda rows: b[rows] @ v.T
+        return LowRankChange(*(part[:, : self.used].to(device) for part in (self.b, self.v)))
 
     def clear(self) -> None:
         """Start anew: a matrix's sum is in the weight now."""
