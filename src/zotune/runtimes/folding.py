@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from zotune.noise import NoiseBlock
+from zotune.runtimes import fused
 from zotune.runtimes.fused import FusedFold
-from zotune.runtimes.move import Move
+from zotune.runtimes.move import LowRankChange, Move
 from zotune.runtimes.rounding import stochastic_round
 
 _CHUNK = 1 << 19
@@ -53,12 +54,22 @@ class StochasticFold(Fold):
 
     def add(self, move: Move, step: int) -> None:
         """See `Fold.add`."""
-        if not _on_gpu(move.weight):
-            self._add_by_chunks(move, self._key(step))
-        elif move.weight.dim() == 1:
-            self._fused.vectors([move], self._key(step))
-        else:
-            self._fused.matrix(move, self._key(step))
+        self.add_all([move], step)
+
+    def add_all(self, moves: Iterable[Move], step: int) -> None:
+        """See `Fold.add_all`; a GPU folds at once what is alike: one by one takes longer to launch than to fold."""
+        key, together = f"fold/{self.seed}/{step}", defaultdict(list)
+        for move in moves:
+            if not _on_gpu(move.weight):
+                self._add_by_chunks(move, key)
+            elif move.weight.dim() == 1 or isinstance(move.change, LowRankChange):
+                together[fused.alike(move)].append(move)
+            else:
+                # A change as large as the weight, so there must never be two of them.
+                self._fused.matrix(move, key)
+        for group in together.values():
+            fold = self._fused.vectors if group[0].weight.dim() == 1 else self._fused.matrices
+            fold(group, key)
 
     def _add_by_chunks(self, move: Move, key: str) -> None:
         weight = move.weight
@@ -69,20 +80,6 @@ class StochasticFold(Fold):
                 total.mul_(move.keep)
             total.add_(move.change(rows))
             part.copy_(self._round(total, part.dtype, f"{move.site.name}[{rows.start}]", key))
-
-    def add_all(self, moves: Iterable[Move], step: int) -> None:
-        """See `Fold.add_all`; a GPU folds vectors all at once."""
-        vectors = defaultdict(list)
-        for move in moves:
-            if _on_gpu(move.weight) and move.weight.dim() == 1:
-                vectors[move.weight.device, move.weight.dtype, move.keep].append(move)
-            else:
-                self.add(move, step)
-        for alike in vectors.values():
-            self._fused.vectors(alike, self._key(step))
-
-    def _key(self, step: int) -> str:
-        return f"fold/{self.seed}/{step}"
 
     def _round(self, total: Tensor, dtype: torch.dtype, name: str, key: str) -> Tensor:
         if dtype == torch.float32:

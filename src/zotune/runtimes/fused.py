@@ -1,4 +1,4 @@
-"""The fold of a GPU: a matrix in one pass, all vectors at once.
+"""The fold of a GPU: all matrices of a width in one pass, all vectors at once.
 
 What `zotune.runtimes.folding.StochasticFold` does for a chunk of rows after the other, with the same noise, would be
 hundreds of thousands of launches for a large model.
@@ -6,8 +6,9 @@ hundreds of thousands of launches for a large model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,26 +53,40 @@ class FusedFold:
         self._streams: dict[tuple[str, ...], Tensor] = {}
         self._key = ""
 
-    def matrix(self, move: Move, key: str) -> None:
-        """Move a matrix in 16 bits, in place, with the noise of this key."""
+    def matrices(self, moves: Sequence[Move], key: str) -> None:
+        """Move matrices, in place, by changes of low rank.
+
+        Args:
+            moves: That are `alike`.
+            key: Of the noise.
+        """
         # Triton comes with PyTorch where there is a GPU, and only there.
         from zotune.runtimes import fold_kernel
 
+        changes = [move.change for move in moves if isinstance(move.change, LowRankChange)]
+        left = torch.cat([change.left for change in changes])
+        right = torch.stack([change.right for change in changes]).mT.contiguous()
+        weights, rows = [move.weight for move in moves], self._rows(moves[0].weight)
+        names = tuple(move.site.name for move in moves)
+        _, (starts, gammas) = self._of(names, key, lambda: _of_matrices(moves, rows))
+        fold_kernel.fold(weights, left, right, moves[0].keep, starts, gammas, rows)
+
+    def matrix(self, move: Move, key: str) -> None:
+        """Move a matrix in 16 bits, in place, by any change, with the noise of this key."""
+        from zotune.runtimes import fold_kernel
+
         weight, alike = move.weight, self._rows(move.weight)
-        _, (starts, gammas) = self._of((move.site.name,), key, lambda: _Noise(_hashed(move, alike), weight.device))
-        if isinstance(move.change, LowRankChange):
-            fold_kernel.fold(weight, move.change.left, move.change.right, move.keep, starts, gammas, alike)
-            return
+        _, (starts, gammas) = self._of((move.site.name,), key, lambda: _of_matrices([move], alike))
         step = max(1, _LARGEST // (alike * weight.shape[1]))
         for first in range(0, len(starts), step):
             part, rows = slice(first, first + step), slice(first * alike, (first + step) * alike)
-            fold_kernel.fold(weight[rows], move.change(rows), None, move.keep, starts[part], gammas[part], alike)
+            fold_kernel.fold([weight[rows]], move.change(rows), None, move.keep, starts[part], gammas[part], alike)
 
     def vectors(self, moves: Sequence[Move], key: str) -> None:
-        """Move vectors at once: one by one they take longer to launch than to fold.
+        """Move vectors at once.
 
         Args:
-            moves: In the same 16 bits, on the same device, all with the same ``keep``.
+            moves: That are `alike`.
             key: Of the noise.
         """
         names, weights = tuple(move.site.name for move in moves), [move.weight for move in moves]
@@ -101,6 +116,19 @@ class FusedFold:
         device = self._noise[next(iter(known))].device
         made = onto(torch.stack(streams(np.concatenate(names), self._key)), device)
         self._streams |= zip(known, made.split([len(each) for each in names], dim=1), strict=True)
+
+
+def alike(move: Move) -> Hashable:
+    """What vectors, or matrices whose changes are of low rank, have in common that are folded at once."""
+    weight = move.weight
+    kind: tuple[Any, ...] = weight.device, weight.dtype, move.keep
+    if isinstance(move.change, LowRankChange):
+        kind += weight.shape[1], weight.stride(), move.change.left.shape[1]
+    return kind
+
+
+def _of_matrices(moves: Sequence[Move], rows: int) -> _Noise:
+    return _Noise(np.concatenate([_hashed(move, rows) for move in moves]), moves[0].weight.device)
 
 
 def _of_vectors(moves: Sequence[Move], rows: Callable[[Tensor], int]) -> _Noise:
