@@ -57,13 +57,13 @@ class StochasticFold(Fold):
         self.add_all([move], step)
 
     def add_all(self, moves: Iterable[Move], step: int) -> None:
-        """See `Fold.add_all`; a GPU folds at once what is alike: one by one takes longer to launch than to fold."""
+        """See `Fold.add_all`; a GPU folds at once what is of one kind: to launch takes longer than to fold."""
         key, together = f"fold/{self.seed}/{step}", defaultdict(list)
         for move in moves:
             if not _on_gpu(move.weight):
                 self._add_by_chunks(move, key)
             elif move.weight.dim() == 1 or isinstance(move.change, LowRankChange):
-                together[fused.alike(move)].append(move)
+                together[fused.kind(move)].append(move)
             else:
                 # A change as large as the weight, so there must never be two of them.
                 self._fused.matrix(move, key)

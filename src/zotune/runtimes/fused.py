@@ -57,7 +57,7 @@ class FusedFold:
         """Move matrices, in place, by changes of low rank.
 
         Args:
-            moves: That are `alike`.
+            moves: All of one `kind`.
             key: Of the noise.
         """
         # Triton comes with PyTorch where there is a GPU, and only there.
@@ -86,7 +86,7 @@ class FusedFold:
         """Move vectors at once.
 
         Args:
-            moves: That are `alike`.
+            moves: All of one `kind`.
             key: Of the noise.
         """
         names, weights = tuple(move.site.name for move in moves), [move.weight for move in moves]
@@ -118,13 +118,13 @@ class FusedFold:
         self._streams |= zip(known, made.split([len(each) for each in names], dim=1), strict=True)
 
 
-def alike(move: Move) -> Hashable:
+def kind(move: Move) -> Hashable:
     """What vectors, or matrices whose changes are of low rank, have in common that are folded at once."""
     weight = move.weight
-    kind: tuple[Any, ...] = weight.device, weight.dtype, move.keep
+    found: tuple[Any, ...] = weight.device, weight.dtype, move.keep
     if isinstance(move.change, LowRankChange):
-        kind += weight.shape[1], weight.stride(), move.change.left.shape[1]
-    return kind
+        found += weight.shape[1], weight.stride(), move.change.left.shape[1]
+    return found
 
 
 def _of_matrices(moves: Sequence[Move], rows: int) -> _Noise:
