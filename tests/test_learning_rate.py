@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import pstdev
@@ -50,6 +51,22 @@ def test_it_is_a_share_of_the_loss_over_what_a_step_gains(
     # Rounded to two digits.
     expected = 0.006 * directions**0.75 * sum(levels) / sum(gains)
     assert learning_rate.automatic(session) == pytest.approx(expected, rel=0.051)
+    session.close()
+
+
+def test_of_the_loss_of_texts_no_more_counts_than_of_a_choice(
+    tmp_path: Path, tiny_model_folder: Path, sentiment_files: Files
+) -> None:
+    text = {"prompt": "the", "completion": "{text}", "candidates": None, "label": None}
+    made = configure(tmp_path, tiny_model_folder, sentiment_files, data=text, method={"lr": "auto", "interval": 1000})
+    session = Session.build(resolved(made))
+    eps, steep, levels = session.optimizer.method.eps, [], []
+    for step in range(32):
+        losses = session.losses(session.optimizer.ask(step), session.batch(step)[0])
+        steep.append(((losses[0] - losses[1]) / (2 * eps)) ** 2)
+        levels += losses
+    assert sum(levels) / 64 > 4, "as many nats as the logarithm of the vocabulary"
+    assert learning_rate.automatic(session) == pytest.approx(0.006 * math.log(2) * 32 / sum(steep), rel=0.051)
     session.close()
 
 

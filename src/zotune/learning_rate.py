@@ -7,7 +7,8 @@ a small share of Polyak's step can be taken again and again:
 
     lr = SHARE * q ** GROWTH * mean(L) / mean(sum_i c_i s_i)    q directions a step, means over probed steps
 
-and ``sqrt(LENGTH / T)`` of that for a run of more than LENGTH steps T, whose noise adds up for longer.
+and ``sqrt(LENGTH / T)`` of that for a run of more than LENGTH steps T, whose noise adds up for longer. Where texts are
+learnt and no answer is chosen, ``mean(L)`` counts up to REACH: most of a text's loss is its own entropy, which stays.
 
 This follows what the best learning rate depends on: the scale of the weights and of the loss, the rank and scale of a
 direction, the estimator. What one direction adds off the gradient is averaged over ``q``: they allow ``q`` times the
@@ -25,6 +26,7 @@ from statistics import fmean
 from zotune.config import AUTO
 from zotune.errors import ConfigError
 from zotune.estimators import ESTIMATORS
+from zotune.objectives import CompletionNLL
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import DirectionKey, Proposal
 from zotune.session import Session
@@ -34,6 +36,9 @@ SHARE = 0.006
 
 GROWTH = 0.75
 """Power of the number of directions that the learning rate grows with."""
+
+REACH = math.log(2)
+"""Nats a token that training may take off the loss of texts: as many as a choice between two answers has."""
 
 LENGTH = 220
 """Steps up to which the rate holds; that of a longer run falls with the root of its length."""
@@ -97,7 +102,8 @@ def automatic(session: Session) -> float:
             "finite or all equal. Set method.lr to a number, another method.eps, or model.dtype = 'float32'."
         )
     shortened = math.sqrt(min(1.0, LENGTH / session.optimizer.steps))
-    return float(f"{SHARE * shortened * method.directions**GROWTH * fmean(levels) / gain:.1e}")
+    level = min(fmean(levels), REACH if isinstance(session.data.objective, CompletionNLL) else math.inf)
+    return float(f"{SHARE * shortened * method.directions**GROWTH * level / gain:.1e}")
 
 
 def probing(method: Method) -> Optimizer:
