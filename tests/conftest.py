@@ -69,7 +69,7 @@ def sentiment_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
 @pytest.fixture
 def everywhere_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors are stored beside the weights of tiny float32 layers, too, without columns that are not needed."""
-    from zotune.runtimes import appended
+    from zotune.runtimes.spaces import appended
 
     monkeypatch.setattr(appended, "pays", lambda dtype, device: True)
     monkeypatch.setattr(appended, "_STEP", 1)

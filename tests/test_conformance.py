@@ -10,8 +10,8 @@ import pytest
 
 from zotune.optimizer import Method
 from zotune.protocol import Update
-from zotune.runtimes import skinny
 from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.spaces import skinny
 from zotune.testing import conformance, tiny
 from zotune.testing.conformance import CHECKS, METHODS, Case
 from zotune.testing.reference import OracleRuntime

@@ -21,7 +21,7 @@ from zotune.protocol import CLEAN
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine.bank import Bank, settled, truncated
 from zotune.runtimes.engine.tokenwise import Part, TokenMix, TokenSpace, TunedMatrix
-from zotune.runtimes.lowrank import LowRankMatrix
+from zotune.runtimes.spaces.lowrank import LowRankMatrix
 from zotune.testing import conformance, tiny
 from zotune.testing.conformance import Case
 

@@ -10,8 +10,8 @@ from zotune.layout import Site
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import Probe
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.folding import StochasticFold
-from zotune.runtimes.move import LowRankChange, Move
+from zotune.runtimes.folding.fold import StochasticFold
+from zotune.runtimes.folding.move import LowRankChange, Move
 from zotune.testing import conformance, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

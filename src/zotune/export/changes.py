@@ -18,10 +18,10 @@ from torch import Tensor
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Update
-from zotune.runtimes.dense import DenseSpace
-from zotune.runtimes.folding import Fold
-from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
-from zotune.runtimes.move import Move
+from zotune.runtimes.folding.fold import Fold
+from zotune.runtimes.folding.move import Move
+from zotune.runtimes.spaces.dense import DenseSpace
+from zotune.runtimes.spaces.lowrank import LowRankMatrix, LowRankSpace
 
 
 class Change:

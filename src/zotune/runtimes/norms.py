@@ -2,7 +2,7 @@
 
 They are computed in place, which a processor's caches like: models' own code makes a new array of every operation. On
 a GPU a compiler makes one kernel of each. A norm of another kind is called as it is, but for its gain and bias
-(`zotune.runtimes.modules.TunedNorm`).
+(`zotune.runtimes.embedded.modules.TunedNorm`).
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Case:
         """The model as the oracle has it, with LoRA matrices of a run seed if the method tunes them."""
         model = self.model()
         if self.method.lora_rank is not None:
-            from zotune.runtimes import lora
+            from zotune.runtimes.embedded import lora
 
             lora.add(model, self.method.lora_rank, self.method.lora_alpha, seed)
         return model

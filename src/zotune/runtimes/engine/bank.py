@@ -27,10 +27,10 @@ from zotune.layout import Site
 from zotune.protocol import Update
 from zotune.runtimes.engine.tokenwise import TokenSpace, Tuned, TunedVector
 from zotune.runtimes.engine.weights import Weights
-from zotune.runtimes.folding import Fold
-from zotune.runtimes.lowrank import LowRankMatrix
-from zotune.runtimes.mixture import Vector
-from zotune.runtimes.move import LowRankChange, Move
+from zotune.runtimes.folding.fold import Fold
+from zotune.runtimes.folding.move import LowRankChange, Move
+from zotune.runtimes.spaces.lowrank import LowRankMatrix
+from zotune.runtimes.spaces.mixture import Vector
 
 
 class Stack:

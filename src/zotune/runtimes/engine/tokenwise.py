@@ -6,8 +6,8 @@ window, column j the j-th direction in flight. A linear layer computes
 
     y = x W^T + sum_j (mix[:, j] * x V) Phi_j^T,    Phi_0 = B,  Phi_j = eps U_j,  mix = 1 and -1, 0, +1
 
-as one skinny product behind its own; see `zotune.runtimes.lowrank` for the mathematics. All buffers keep their place in
-memory, which is what a captured graph needs.
+as one skinny product behind its own; see `zotune.runtimes.spaces.lowrank` for the mathematics. All buffers keep their
+place in memory, which is what a captured graph needs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from zotune.layout import Site
 from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.engine.scatter import Scatter
-from zotune.runtimes.folding import Fold
-from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
+from zotune.runtimes.folding.fold import Fold
+from zotune.runtimes.spaces.lowrank import LowRankMatrix, LowRankSpace
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.bank import Bank

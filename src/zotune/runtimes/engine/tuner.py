@@ -25,9 +25,9 @@ from zotune.runtimes.engine.batch import Batch, Prepared
 from zotune.runtimes.engine.layers import Head, Layer, NormLayer, Place, TableLayer, wrap
 from zotune.runtimes.engine.tokenwise import TokenMix, TokenSpace, TunedTable
 from zotune.runtimes.engine.weights import Weights
-from zotune.runtimes.folding import StochasticFold
-from zotune.runtimes.lowrank import LowRankMatrix
+from zotune.runtimes.folding.fold import StochasticFold
 from zotune.runtimes.packing import ACTIVATIONS, cut
+from zotune.runtimes.spaces.lowrank import LowRankMatrix
 
 MOST_DIRECTIONS = 16
 """Directions of one forward; more are scored in several."""

@@ -13,8 +13,8 @@ from zotune.layout import Site
 from zotune.protocol import Update
 from zotune.runtimes.engine.layers import Place
 from zotune.runtimes.engine.tokenwise import Part, TokenSpace
-from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
-from zotune.runtimes.move import Move
+from zotune.runtimes.folding.fold import Fold, MasterFold, StochasticFold
+from zotune.runtimes.folding.move import Move
 
 
 class Weights:
@@ -28,7 +28,7 @@ class Weights:
         plain: Gives a module's parameter in plain form: the engine's own tensor, or a copy.
         repack: Has the engine prepare a module's weight anew from its plain form.
         seed: The run's seed.
-        fold: ``stochastic`` or ``master``; see `zotune.runtimes.folding`.
+        fold: ``stochastic`` or ``master``; see `zotune.runtimes.folding.fold`.
     """
 
     def __init__(

@@ -24,8 +24,7 @@ from zotune.evaluate import Decode, Evaluation, evaluate
 from zotune.objectives import CandidateCrossEntropy, Objective
 from zotune.optimizer import Method
 from zotune.rows import Example, Row
-from zotune.runtimes import lora
-from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.embedded import EmbeddedRuntime, lora
 from zotune.schedules import factor
 
 

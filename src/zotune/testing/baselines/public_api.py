@@ -33,10 +33,10 @@ from zotune.protocol import Probe, Update
 from zotune.rows import Row
 from zotune.runtimes.engine import launch, worker_settings
 from zotune.runtimes.engine.slots import RANKS
-from zotune.runtimes.folding import Fold
-from zotune.runtimes.lowrank import LowRankMatrix, LowRankSpace
-from zotune.runtimes.move import Move
+from zotune.runtimes.folding.fold import Fold
+from zotune.runtimes.folding.move import Move
 from zotune.runtimes.sites import find_sites
+from zotune.runtimes.spaces.lowrank import LowRankMatrix, LowRankSpace
 from zotune.testing.baselines.lora_slots import log_likelihoods, scoring, sequences
 
 _MOST_TOKENS = 2048

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe
-from zotune.runtimes.crown import Crown
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.modules import Shape
+from zotune.runtimes.embedded.crown import Crown
+from zotune.runtimes.embedded.modules import Shape
 from zotune.runtimes.sites import decoder_layers
 from zotune.testing import tiny
 

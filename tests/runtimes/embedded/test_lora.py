@@ -12,8 +12,7 @@ from zotune.objectives import CandidateCrossEntropy
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN
 from zotune.rows import Example
-from zotune.runtimes import lora
-from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.embedded import EmbeddedRuntime, lora
 from zotune.testing import tiny
 from zotune.testing.oracle import DenseOracle
 

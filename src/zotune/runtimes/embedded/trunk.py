@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zotune.layout import Layout, Site, period
-from zotune.runtimes.modules import Shape
+from zotune.runtimes.embedded.modules import Shape
 from zotune.runtimes.packing import Pack
 from zotune.runtimes.sites import decoder_layers
 

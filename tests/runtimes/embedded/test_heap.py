@@ -10,7 +10,7 @@ _COUNT = """
 import resource, sys
 import torch
 import torch.nn.functional as F
-from zotune.runtimes import heap
+from zotune.runtimes.embedded import heap
 
 if sys.argv[1] == "keep":
     heap.keep_freed()

@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN
 from zotune.rows import Row
-from zotune.runtimes import attention, graphs
-from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.graphs import Graphs, filler
+from zotune.runtimes.embedded import EmbeddedRuntime, attention, graphs
+from zotune.runtimes.embedded.graphs import Graphs, filler
 from zotune.runtimes.packing import Pack, pack
 from zotune.testing import conformance, tiny
 

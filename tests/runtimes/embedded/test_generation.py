@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN
-from zotune.runtimes import attention
-from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.embedded import EmbeddedRuntime, attention
 from zotune.testing import tiny
 from zotune.testing.conformance import METHODS
 

@@ -17,16 +17,16 @@ from zotune.directions import DenseDirections
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
-from zotune.runtimes.folding import Fold
-from zotune.runtimes.mixture import Lookup, Mixture, Vector
-from zotune.runtimes.move import Move
+from zotune.runtimes.folding.fold import Fold
+from zotune.runtimes.folding.move import Move
+from zotune.runtimes.spaces.mixture import Lookup, Mixture, Vector
 from zotune.updates import combine
 
 Draw = Callable[[], Tensor]
 
 
 class DenseMatrix:
-    """A linear or embedding weight as every block sees it; see `zotune.runtimes.lowrank.LowRankMatrix`."""
+    """A linear or embedding weight as every block sees it; see `zotune.runtimes.spaces.lowrank.LowRankMatrix`."""
 
     keep, moves = 1.0, True
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from zotune.errors import ModelError
 from zotune.rows import Candidate, Row
-from zotune.runtimes import attention
-from zotune.runtimes.attention import attending, packed_attention
+from zotune.runtimes.embedded import attention
+from zotune.runtimes.embedded.attention import attending, packed_attention
 from zotune.runtimes.packing import Pack, pack
 from zotune.testing import tiny
 

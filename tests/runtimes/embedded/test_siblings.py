@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe, Update
-from zotune.runtimes import siblings
-from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.modules import TunedLinear
+from zotune.runtimes.embedded import EmbeddedRuntime, siblings
+from zotune.runtimes.embedded.modules import TunedLinear
 from zotune.runtimes.sites import decoder_layers
 from zotune.testing import tiny
 
@@ -123,8 +122,8 @@ def test_weights_are_stored_once_and_a_model_stays_a_model(tmp_path: Path) -> No
 
 
 def test_a_product_is_rounded_once_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zotune.runtimes.modules.product_dtype", lambda dtype, device: dtype)
-    monkeypatch.setattr("zotune.runtimes.embedded.product_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr("zotune.runtimes.embedded.modules.product_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr("zotune.runtimes.embedded.runtime.product_dtype", lambda dtype, device: dtype)
     runtime = EmbeddedRuntime(tiny.model("llama").to(torch.bfloat16), Method(eps=0.01))
     layer = decoder_layers(runtime.model)[0].mlp.down_proj
     runtime.score([Probe(KEY, 1, 0.01)], ROWS)

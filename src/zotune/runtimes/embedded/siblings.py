@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zotune.runtimes import heap
-from zotune.runtimes.appended import AppendedProduct
-from zotune.runtimes.modules import Shape, TunedLinear
-from zotune.runtimes.projection import Projection
+from zotune.runtimes.embedded import heap
+from zotune.runtimes.embedded.modules import Shape, TunedLinear
 from zotune.runtimes.sites import decays, is_routed
-from zotune.runtimes.skinny import SkinnyProduct
+from zotune.runtimes.spaces.appended import AppendedProduct
+from zotune.runtimes.spaces.projection import Projection
+from zotune.runtimes.spaces.skinny import SkinnyProduct
 
 _FREED = 2**24
 """Bytes of weights that may lie free before they are given back."""
@@ -50,7 +50,7 @@ class Siblings:
         self._outputs: tuple[Tensor, ...] = ()
 
     def wrap(self, shape: Shape, directions: int) -> None:
-        """Let layers that `zotune.runtimes.modules.wrap` wrapped one by one be one product.
+        """Let layers that `zotune.runtimes.embedded.modules.wrap` wrapped one by one be one product.
 
         Args:
             shape: Shared with the runtime.

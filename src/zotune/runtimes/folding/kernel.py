@@ -2,10 +2,10 @@
 # mypy: allow-untyped-defs
 """The kernel of a GPU's fold: noise, sum and rounding of matrices in one pass that reads and writes them once.
 
-It is `zotune.runtimes.folding.StochasticFold` in Triton, for the same bits. What a pass would spend most of its time on
-by itself are the noise's 64-bit products; here the four elements that share a word of it (`zotune.noise`) share its
-computation, and a low-rank change is multiplied out where it is added. All matrices of a width are one launch, because
-launching takes longer than folding one of a small model.
+It is `zotune.runtimes.folding.fold.StochasticFold` in Triton, for the same bits. What a pass would spend most of its
+time on by itself are the noise's 64-bit products; here the four elements that share a word of it (`zotune.noise`) share
+its computation, and a low-rank change is multiplied out where it is added. All matrices of a width are one launch,
+because launching takes longer than folding one of a small model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zotune.runtimes.rounding import MANTISSA_BITS_CUT
+from zotune.runtimes.folding.rounding import MANTISSA_BITS_CUT
 from zotune.transfer import onto
 
 _COLUMNS, _ROWS = 1024, 8
@@ -137,7 +137,7 @@ def _bits16(start, gamma, words, at):
 
 @triton.jit
 def _rounded(values, bits, CUT: tl.constexpr):
-    """See `zotune.runtimes.rounding.stochastic_round`."""
+    """See `zotune.runtimes.folding.rounding.stochastic_round`."""
     moved = values.to(tl.int32, bitcast=True) + (bits >> (16 - CUT))
     rounded = (moved & -(1 << CUT)).to(tl.float32, bitcast=True)
     if CUT == 13:

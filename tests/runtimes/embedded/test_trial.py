@@ -14,12 +14,11 @@ from zotune import models
 from zotune.errors import ModelError
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe
-from zotune.runtimes import trial
-from zotune.runtimes.crown import _is_tokenwise
-from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.lowrank import LowRankSpace
+from zotune.runtimes.embedded import EmbeddedRuntime, trial
+from zotune.runtimes.embedded.crown import _is_tokenwise
 from zotune.runtimes.sites import find_sites
-from zotune.runtimes.stage import Stage
+from zotune.runtimes.spaces.lowrank import LowRankSpace
+from zotune.runtimes.spaces.stage import Stage
 from zotune.testing import oracle, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +90,7 @@ def test_what_packs_do_not_support_is_said_as_it_is(monkeypatch: pytest.MonkeyPa
     def sinks(*args: Any) -> Any:
         raise ModelError("attention sinks are not supported")
 
-    monkeypatch.setattr("zotune.runtimes.attention._attend", sinks)
+    monkeypatch.setattr("zotune.runtimes.embedded.attention._attend", sinks)
     with pytest.raises(ModelError, match=r"^attention sinks are not supported"):
         EmbeddedRuntime(tiny.model("llama"), Method())
 

@@ -1,12 +1,12 @@
 """Factors as further inputs of a layer, so that its output is written once.
 
-With ``P = x V``, and a weight that is stored with room for factors beside it, what `zotune.runtimes.lowrank` says of a
-linear layer is one product:
+With ``P = x V``, and a weight that is stored with room for factors beside it, what `zotune.runtimes.spaces.lowrank`
+says of a linear layer is one product:
 
     y_k = [x, mix[k, 0] P, ..., mix[k, q] P] [W, Phi_0, ..., Phi_q]^T
 
 A processor with 16-bit products computes them faster than it writes and reads outputs, so this is what it takes; with
-others, and where inputs are more than outputs, `zotune.runtimes.skinny` is as fast and needs no room.
+others, and where inputs are more than outputs, `zotune.runtimes.spaces.skinny` is as fast and needs no room.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from zotune.noise import NoiseBlock
 from zotune.optimizer import Method
-from zotune.runtimes.mixture import Mixture, Vector
 from zotune.runtimes.precision import product_dtype
-from zotune.runtimes.projection import Projection, plain
+from zotune.runtimes.spaces.mixture import Mixture, Vector
+from zotune.runtimes.spaces.projection import Projection, plain
 
 if TYPE_CHECKING:
-    from zotune.runtimes.lowrank import LowRankMatrix
+    from zotune.runtimes.spaces.lowrank import LowRankMatrix
 
 _STEP = 32
 """Room is a multiple of so many columns, as processors' tiles and cache lines are."""
@@ -89,7 +89,7 @@ class AppendedProduct(Projection):
 
 
 class Beside:
-    """What the blocks of a pack see beside all weights that have room; a part of a `zotune.runtimes.stage.Stage`.
+    """What the blocks of a pack see beside all weights that have room; a part of a `stage.Stage`.
 
     Args:
         products: That find their factors there.
@@ -134,7 +134,7 @@ class Beside:
             amounts.copy_(self._amounts_of(terms))
 
     def show(self, update: Tensor, directions: Tensor) -> None:
-        """Write B and the directions beside the weights; see `zotune.runtimes.stage.Stage.show`."""
+        """Write B and the directions beside the weights; see `zotune.runtimes.spaces.stage.Stage.show`."""
         if self._places:
             self._terms[0].copy_(update)
             torch.mul(directions[: len(self._terms) - 1], self._scales[1:], out=self._terms[1:])

@@ -7,11 +7,11 @@ from torch import Tensor
 from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.optimizer import Method, Optimizer
-from zotune.runtimes.dense import DenseSpace
-from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
-from zotune.runtimes.lowrank import LowRankSpace
-from zotune.runtimes.move import Move
-from zotune.runtimes.rounding import stochastic_round
+from zotune.runtimes.folding.fold import Fold, MasterFold, StochasticFold
+from zotune.runtimes.folding.move import Move
+from zotune.runtimes.folding.rounding import stochastic_round
+from zotune.runtimes.spaces.dense import DenseSpace
+from zotune.runtimes.spaces.lowrank import LowRankSpace
 from zotune.testing import oracle
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe, Update
-from zotune.runtimes import appended
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.sites import decoder_layers
+from zotune.runtimes.spaces import appended
 from zotune.testing import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,8 +97,8 @@ def test_more_directions_than_there_is_room_for_are_scored_in_turn(monkeypatch: 
 
 @pytest.mark.usefixtures("everywhere_beside")
 def test_an_output_is_rounded_once_with_its_bias_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("modules", "embedded"):
-        monkeypatch.setattr(f"zotune.runtimes.{module}.product_dtype", lambda dtype, device: dtype)
+    for module in ("modules", "runtime"):
+        monkeypatch.setattr(f"zotune.runtimes.embedded.{module}.product_dtype", lambda dtype, device: dtype)
     runtime = EmbeddedRuntime(tiny.model("opt").to(torch.bfloat16), Method())
     layer = decoder_layers(runtime.model)[0].fc1
     key = DirectionKey(0, 0, 0)

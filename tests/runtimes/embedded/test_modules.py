@@ -14,11 +14,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from zotune.errors import ModelError
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe
-from zotune.runtimes import modules, norms
-from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.mixture import Vector
-from zotune.runtimes.modules import Shape, TunedNorm
+from zotune.runtimes import norms
+from zotune.runtimes.embedded import EmbeddedRuntime, modules
+from zotune.runtimes.embedded.modules import Shape, TunedNorm
 from zotune.runtimes.sites import find_sites
+from zotune.runtimes.spaces.mixture import Vector
 from zotune.testing import oracle, tiny
 from zotune.testing.oracle import DenseOracle
 

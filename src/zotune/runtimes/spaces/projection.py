@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from zotune.runtimes.lowrank import LowRankMatrix
+    from zotune.runtimes.spaces.lowrank import LowRankMatrix
 
 
 class Projection(ABC):

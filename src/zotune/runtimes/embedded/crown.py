@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from zotune.runtimes.modules import Shape
+from zotune.runtimes.embedded.modules import Shape
 from zotune.runtimes.sites import decoder_layers
 
 
@@ -23,7 +23,7 @@ class Crown:
 
     Args:
         model: Not wrapped yet. The feed-forward module of its last layer gets another ``forward``, which
-            `zotune.runtimes.modules.unwrap` takes off; where it is no module of its own (OPT) all tokens run.
+            `zotune.runtimes.embedded.modules.unwrap` takes off; where it is no module of its own (OPT) all tokens run.
         shape: Shared with the wrapped modules; its tokens are the scored ones within the crown.
     """
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from zotune.noise import NoiseBlock
-from zotune.runtimes import fused
-from zotune.runtimes.fused import FusedFold
-from zotune.runtimes.move import LowRankChange, Move
-from zotune.runtimes.rounding import stochastic_round
+from zotune.runtimes.folding import fused
+from zotune.runtimes.folding.fused import FusedFold
+from zotune.runtimes.folding.move import LowRankChange, Move
+from zotune.runtimes.folding.rounding import stochastic_round
 
 _CHUNK = 1 << 19
 

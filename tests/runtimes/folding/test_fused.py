@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from zotune import runtimes
 from zotune.layout import Site
 from zotune.noise import NoiseBlock, bits16_at, hashes, streams
-from zotune.runtimes import folding, fused
-from zotune.runtimes.folding import StochasticFold
-from zotune.runtimes.move import Change, LowRankChange, Move
+from zotune.runtimes import folding
+from zotune.runtimes.folding import fold, fused
+from zotune.runtimes.folding.fold import StochasticFold
+from zotune.runtimes.folding.move import Change, LowRankChange, Move
 
 KEY = "fold/3/12"
-KERNEL = "zotune.runtimes.fold_kernel"
+KERNEL = "zotune.runtimes.folding.kernel"
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, KERNEL, None)  # type: ignore[arg-type]
     del sys.modules[KERNEL]
-    monkeypatch.setattr(runtimes, "fold_kernel", importlib.import_module(KERNEL), raising=False)
+    monkeypatch.setattr(folding, "kernel", importlib.import_module(KERNEL), raising=False)
 
 
 def moved(weight: Tensor, elements: int) -> Tensor:
@@ -63,10 +63,10 @@ def test_it_folds_to_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype, m
     change = {name: (torch.randn(each, generator=generator) / 20).__getitem__ for name, each in shapes.items()}
     keep = dict.fromkeys(shapes, 1.0) | {"w": 0.999, "decayed": 0.999}
     # Several streams for the larger ones, and several launches.
-    monkeypatch.setattr(folding, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(fold, "_CHUNK", 1 << 12)
     monkeypatch.setattr(fused, "_LARGEST", 5000)
     expected = folded(start, change, keep)
-    monkeypatch.setattr(folding, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(fold, "_on_gpu", lambda _: True)
     found = folded(start, change, keep)
     for name in shapes:
         assert torch.equal(found[name], expected[name])
@@ -93,9 +93,9 @@ def test_low_rank_changes_are_multiplied_out_in_the_kernel(
     whole["vector"] = (torch.randn(9, generator=generator) / 20).__getitem__
     low_rank = {name: LowRankChange(left, right) for name, (left, right) in factors.items()}
     keep = dict.fromkeys(shapes, 1.0) | {"kept": 0.999}
-    monkeypatch.setattr(folding, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(fold, "_CHUNK", 1 << 12)
     expected = folded(start, whole, keep)
-    monkeypatch.setattr(folding, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(fold, "_on_gpu", lambda _: True)
     found = folded(start, whole | low_rank, keep)
     for name in shapes:
         assert torch.equal(found[name], expected[name]), name
@@ -105,12 +105,12 @@ def test_the_next_fold_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     start, shapes = torch.ones(40), {"a": (8, 5), "b": (40,)}
     outcomes = []
     for on_gpu in (True, False):
-        monkeypatch.setattr(folding, "_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
-        fold = StochasticFold(3)
+        monkeypatch.setattr(fold, "_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
+        rounded = StochasticFold(3)
         weights = {name: start.view(shape).bfloat16() for name, shape in shapes.items()}
         for step in (5, 10):
             changes = {name: torch.full(shape, 2.0**-9) for name, shape in shapes.items()}
-            fold.add_all([Move(Site(n, shapes[n]), w, changes[n].__getitem__) for n, w in weights.items()], step)
+            rounded.add_all([Move(Site(n, shapes[n]), w, changes[n].__getitem__) for n, w in weights.items()], step)
         outcomes.append(torch.cat([weight.flatten() for weight in weights.values()]))
     assert torch.equal(*outcomes)
 

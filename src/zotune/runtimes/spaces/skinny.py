@@ -1,7 +1,8 @@
 """The skinny product: what a perturbation adds to an ordinary product, for matrices that take the same input.
 
-Of one matrix it is ``P sum_j mix[k, j] Phi_j^T`` with ``P = x V`` (`zotune.runtimes.lowrank`). Matrices side by side,
-whose outputs follow each other, have their V side by side too, and what P is multiplied by in blocks along a diagonal.
+Of one matrix it is ``P sum_j mix[k, j] Phi_j^T`` with ``P = x V`` (`zotune.runtimes.spaces.lowrank`). Matrices side by
+side, whose outputs follow each other, have their V side by side too, and what P is multiplied by in blocks along a
+diagonal.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from zotune.runtimes.projection import Projection, plain
+from zotune.runtimes.spaces.projection import Projection, plain
 
 if TYPE_CHECKING:
-    from zotune.runtimes.lowrank import LowRankMatrix
+    from zotune.runtimes.spaces.lowrank import LowRankMatrix
 
 _ALIGNED = {"cuda": 8}
 """A GPU's products of 16-bit numbers are several times slower where an extent is no multiple of this."""

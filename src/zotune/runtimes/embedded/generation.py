@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from zotune.models import context_length
 from zotune.rows import Candidate, Row
-from zotune.runtimes import attention
-from zotune.runtimes.modules import Shape
+from zotune.runtimes.embedded import attention
+from zotune.runtimes.embedded.modules import Shape
 from zotune.runtimes.packing import ACTIVATIONS, cut, pack
 from zotune.runtimes.precision import product_dtype
 
@@ -40,7 +40,7 @@ def generate(
     """Continue prompts with the likeliest tokens; see `zotune.runtimes.base.Runtime.generate`.
 
     Args:
-        model: Wrapped by `zotune.runtimes.modules.wrap`, with every site showing one clean block.
+        model: Wrapped by `zotune.runtimes.embedded.modules.wrap`, with every site showing one clean block.
         shape: What the wrapped modules read.
         prompts: At least one token each.
         max_new_tokens: At least 1.
@@ -205,7 +205,7 @@ def cached_attention(
 ) -> tuple[Tensor, None]:
     """Attention of the prompts when a module is first called, and after that of one token of every row.
 
-    Arguments and result are those of `zotune.runtimes.attention.packed_attention`, with one block.
+    Arguments and result are those of `zotune.runtimes.embedded.attention.packed_attention`, with one block.
     """
     cache = _current.get()
     options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from zotune.errors import ModelError
 from zotune.runtimes import norms
-from zotune.runtimes.mixture import Lookup, Vector
 from zotune.runtimes.own_forward import own_forward
 from zotune.runtimes.precision import product_dtype
 from zotune.runtimes.sites import is_linear, is_routed
+from zotune.runtimes.spaces.mixture import Lookup, Vector
 
 
 class Product(Protocol):

@@ -22,15 +22,17 @@ from zotune.layout import Layout, period
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
-from zotune.runtimes import appended, attention, generation, graphs, heap, lora, modules, siblings, sites
-from zotune.runtimes.crown import Crown
-from zotune.runtimes.dense import DenseSpace
-from zotune.runtimes.folding import Fold, MasterFold, StochasticFold
-from zotune.runtimes.lowrank import LowRankSpace
+from zotune.runtimes import sites
+from zotune.runtimes.embedded import attention, generation, graphs, heap, lora, modules, siblings
+from zotune.runtimes.embedded.crown import Crown
+from zotune.runtimes.embedded.trial import Trial
+from zotune.runtimes.embedded.trunk import Trunk
+from zotune.runtimes.folding.fold import Fold, MasterFold, StochasticFold
 from zotune.runtimes.packing import ACTIVATIONS, Pack, cut, pack
 from zotune.runtimes.precision import product_dtype
-from zotune.runtimes.trial import Trial
-from zotune.runtimes.trunk import Trunk
+from zotune.runtimes.spaces import appended
+from zotune.runtimes.spaces.dense import DenseSpace
+from zotune.runtimes.spaces.lowrank import LowRankSpace
 
 _FINGERPRINT_SAMPLES = 4096
 
@@ -42,7 +44,7 @@ class EmbeddedRuntime:
         model: A causal language model of transformers. It is wrapped in place and kept; `close` gives it back.
         method: What to tune, and how directions look.
         seed: The run's seed.
-        fold: ``stochastic`` or ``master``; see `zotune.runtimes.folding`.
+        fold: ``stochastic`` or ``master``; see `zotune.runtimes.folding.fold`.
         max_tokens: Tokens of one forward, all probes counted; larger batches are cut.
 
     Attributes:
@@ -125,7 +127,7 @@ class EmbeddedRuntime:
 
     @torch.inference_mode()
     def _clean_scores(self, rows: Sequence[Row], blocks: int) -> np.ndarray:
-        """Scores of the clean model, of the last of so many equal blocks; see `zotune.runtimes.trial.Scores`."""
+        """Scores of the clean model, of the last of so many equal blocks; see `trial.Scores`."""
         self.space.probe([CLEAN] * blocks)
         self.space.show()
         packed = pack(rows, normalised=False, spans=self._spans)

@@ -1,7 +1,8 @@
 """What the blocks of a pack see of all low-rank sites, in a few flat buffers that stay where they are.
 
 A step writes new numbers into them with a handful of operations, however many sites there are, and what a site sees is
-a view that was made once. A CUDA graph finds them where they were when it was captured (`zotune.runtimes.graphs`).
+a view that was made once. A CUDA graph finds them where they were when it was captured
+(`zotune.runtimes.embedded.graphs`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from zotune.directions import LowRankDirections
 from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.protocol import DirectionKey, Probe
-from zotune.runtimes.appended import AppendedProduct, Beside
-from zotune.runtimes.mixture import Mixture, Vector
-from zotune.runtimes.skinny import SkinnyProduct
+from zotune.runtimes.spaces.appended import AppendedProduct, Beside
+from zotune.runtimes.spaces.mixture import Mixture, Vector
+from zotune.runtimes.spaces.skinny import SkinnyProduct
 from zotune.transfer import Inbox
 
 if TYPE_CHECKING:
-    from zotune.runtimes.lowrank import LowRankMatrix
+    from zotune.runtimes.spaces.lowrank import LowRankMatrix
 
 
 @dataclass(frozen=True)

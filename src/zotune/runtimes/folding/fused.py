@@ -1,7 +1,7 @@
 """The fold of a GPU: all matrices of a width in one pass, all vectors at once.
 
-What `zotune.runtimes.folding.StochasticFold` does for a chunk of rows after the other, with the same noise, would be
-hundreds of thousands of launches for a large model.
+What `zotune.runtimes.folding.fold.StochasticFold` does for a chunk of rows after the other, with the same noise, would
+be hundreds of thousands of launches for a large model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from zotune.noise import bits16_at, hashes, streams
-from zotune.runtimes.move import LowRankChange, Move
-from zotune.runtimes.rounding import stochastic_round
+from zotune.runtimes.folding.move import LowRankChange, Move
+from zotune.runtimes.folding.rounding import stochastic_round
 from zotune.transfer import onto
 
 _LARGEST = 1 << 26
@@ -61,7 +61,7 @@ class FusedFold:
             key: Of the noise.
         """
         # Triton comes with PyTorch where there is a GPU, and only there.
-        from zotune.runtimes import fold_kernel
+        from zotune.runtimes.folding import kernel
 
         changes = [move.change for move in moves if isinstance(move.change, LowRankChange)]
         left = torch.cat([change.left for change in changes])
@@ -69,18 +69,18 @@ class FusedFold:
         weights, rows = [move.weight for move in moves], self._rows(moves[0].weight)
         names = tuple(move.site.name for move in moves)
         _, (starts, gammas) = self._of(names, key, lambda: _of_matrices(moves, rows))
-        fold_kernel.fold(weights, left, right, moves[0].keep, starts, gammas, rows)
+        kernel.fold(weights, left, right, moves[0].keep, starts, gammas, rows)
 
     def matrix(self, move: Move, key: str) -> None:
         """Move a matrix in 16 bits, in place, by any change, with the noise of this key."""
-        from zotune.runtimes import fold_kernel
+        from zotune.runtimes.folding import kernel
 
         weight, alike = move.weight, self._rows(move.weight)
         _, (starts, gammas) = self._of((move.site.name,), key, lambda: _of_matrices([move], alike))
         step = max(1, _LARGEST // (alike * weight.shape[1]))
         for first in range(0, len(starts), step):
             part, rows = slice(first, first + step), slice(first * alike, (first + step) * alike)
-            fold_kernel.fold([weight[rows]], move.change(rows), None, move.keep, starts[part], gammas[part], alike)
+            kernel.fold([weight[rows]], move.change(rows), None, move.keep, starts[part], gammas[part], alike)
 
     def vectors(self, moves: Sequence[Move], key: str) -> None:
         """Move vectors at once.

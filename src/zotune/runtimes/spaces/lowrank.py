@@ -25,12 +25,12 @@ from zotune.directions import LowRankDirections
 from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import DirectionKey, Probe, Update
-from zotune.runtimes.folding import Fold
-from zotune.runtimes.mixture import Lookup, Vector
-from zotune.runtimes.move import LowRankChange, Move
-from zotune.runtimes.projection import Projection
-from zotune.runtimes.skinny import SkinnyProduct
-from zotune.runtimes.stage import MatrixView, Stage
+from zotune.runtimes.folding.fold import Fold
+from zotune.runtimes.folding.move import LowRankChange, Move
+from zotune.runtimes.spaces.mixture import Lookup, Vector
+from zotune.runtimes.spaces.projection import Projection
+from zotune.runtimes.spaces.skinny import SkinnyProduct
+from zotune.runtimes.spaces.stage import MatrixView, Stage
 from zotune.updates import Momentum, Rule, Sgd, combine
 
 _LARGEST = torch.finfo(torch.float32).max
