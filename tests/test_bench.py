@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from zotune import bench, cli
+from zotune import bench, cli, peak
 from zotune.bench import memory, work
 from zotune.errors import ConfigError, DataError, ZotuneError
 from zotune.rows import Candidate, Example, Row
@@ -106,15 +106,15 @@ def test_a_failing_measurement_says_why(data: Path) -> None:
 def test_the_peak_starts_anew() -> None:
     device = torch.device("cpu")
     # What ran before in this process may have peaked higher than all that follows.
-    memory.forget_peak(device)
-    before = memory.peak_bytes(device)
+    peak.forget_peak(device)
+    before = peak.peak_bytes(device)
     # Not of the heap, which may keep what is freed.
     big = mmap.mmap(-1, 200_000_000)
     torch.frombuffer(big, dtype=torch.uint8).fill_(1)
-    assert memory.peak_bytes(device) > before + 100e6
+    assert peak.peak_bytes(device) > before + 100e6
     big.close()
-    memory.forget_peak(device)
-    assert memory.peak_bytes(device) < before + 100e6
+    peak.forget_peak(device)
+    assert peak.peak_bytes(device) < before + 100e6
 
 
 @pytest.mark.parametrize(

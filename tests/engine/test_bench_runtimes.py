@@ -70,6 +70,17 @@ def test_the_compiler_and_more_directions(given: dict[str, Any]) -> None:
     check(bench.runtimes(["vllm-compiled"], **given, directions=3).to_json(), "vllm-compiled")
 
 
+@pytest.mark.slow
+def test_peers_tune_linear_layers_in_turn_with_the_others(given: dict[str, Any]) -> None:
+    pytest.importorskip("vllm")
+    names = ["vllm", "lora-slots", "public-api"]
+    report = bench.runtimes(names, **given)
+    check(report.to_json(), *names)
+    # Requests, each with a generated token, take longer than a forward of two rows.
+    vllm, *peers = report.runtimes
+    assert all(peer.phases["forward"] > vllm.phases["forward"] for peer in peers)
+
+
 def test_the_command_prints_one_line(given: dict[str, Any]) -> None:
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     done = CliRunner().invoke(cli.app, ["bench", "runtimes", "--runtimes", "torch", *words, "--json"])

@@ -13,6 +13,7 @@ from typing import Any
 from zotune.bench import steps
 from zotune.bench.cluster import Costs
 from zotune.bench.steps import Setting, Stepper
+from zotune.bench.turns import TURN
 from zotune.config import ModelConfig, ReplicasConfig, RuntimeConfig
 from zotune.optimizer import Method
 from zotune.runtimes.blueprint import Blueprint
@@ -96,9 +97,9 @@ def measure(counts: Sequence[int], given: Mapping[str, Any], method: Method, cpu
         stack.callback(load_ray().shutdown)
         sides = [_Side(count, setting, method, cpus, stack) for count in counts]
         idle = _loopback_rate()
-        for start in range(0, repeats, steps.TURN):
+        for start in range(0, repeats, TURN):
             for side in sides:
-                side.turn(min(steps.TURN, repeats - start), idle)
+                side.turn(min(TURN, repeats - start), idle)
         return Findings(sides[0].costs(), sides[0].jitter(), tuple(side.measured() for side in sides))
 
 
@@ -116,7 +117,7 @@ class _Side:
         self._per_token: list[float] = []
         self._network = 0.0
         self._traffic = Traffic()
-        for batch in range(steps.TURN):
+        for batch in range(TURN):
             # Once the replicas hold the rows of these batches, no more than keys and scalars travels.
             self.stepper.step(batch)
 
@@ -150,7 +151,7 @@ class _Side:
 
     def _batches(self) -> tuple[tuple[int, float], ...]:
         """Units of each batch's step, and seconds of one of them, the cheapest step first."""
-        found = [self._cut(batch)[0] for batch in range(steps.TURN)]
+        found = [self._cut(batch)[0] for batch in range(TURN)]
         found.sort(key=lambda units: sum(unit.tokens for unit in units))
         per_token = median(self._per_token)
         return tuple((len(units), per_token * sum(unit.tokens for unit in units) / len(units)) for units in found)
@@ -173,7 +174,7 @@ class _Side:
         """Of a step on one replica; of the update alone by asking for nothing after it."""
         member = next(iter(self.runtime.team.members.values()))
         updating, calling = [], []
-        for _ in range(steps.TURN):
+        for _ in range(TURN):
             self.stepper.step(0)
             updating.append(member.end(member.begin("nothing"))[0])
         for _ in range(_CALLS):
@@ -185,7 +186,7 @@ class _Side:
 
     def jitter(self) -> float:
         """Relative standard deviation of the work on one batch."""
-        by_batch = [[work for other, _, work in self._taken if other == batch] for batch in range(steps.TURN)]
+        by_batch = [[work for other, _, work in self._taken if other == batch] for batch in range(TURN)]
         return mean(pstdev(works) / mean(works) for works in by_batch if works)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from zotune.bench.memory import Side, forget_peak, peak_bytes
 from zotune.bench.steps import Setting, Stepper, method_of, prepare
+from zotune.peak import forget_peak, peak_bytes
 from zotune.presets import PRESETS
 from zotune.protocol import Update
 from zotune.testing.baselines.first_order import FirstOrder
@@ -18,8 +18,8 @@ from zotune.testing.baselines.official import collate
 _STEPS = 3
 
 
-def main(side: Side, settings: dict[str, Any]) -> int:
-    """Peak bytes of one side."""
+def main(side: str, settings: dict[str, Any]) -> int:
+    """Peak bytes of one side: ``zotune``, ``inference``, ``adamw`` or ``adamw-lora``."""
     torch.set_num_threads(settings.pop("threads"))
     method = method_of(settings.pop("scope"), settings.pop("rank"), settings.pop("directions"))
     setting = prepare(**settings)
@@ -56,4 +56,4 @@ def backpropagate(setting: Setting, lora_rank: int | None) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"peak_bytes": main(sys.argv[1], json.loads(sys.argv[2]))}))  # type: ignore[arg-type]
+    print(json.dumps({"peak_bytes": main(sys.argv[1], json.loads(sys.argv[2]))}))

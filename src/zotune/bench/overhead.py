@@ -22,7 +22,8 @@ from zotune.bench.clocks import ModelClock, Spent, Timed
 from zotune.bench.plan import Plan
 from zotune.bench.results import Case, Result, Results
 from zotune.bench.sides import OFFICIAL
-from zotune.bench.steps import Stepper, fold_seconds, seconds
+from zotune.bench.steps import Stepper
+from zotune.bench.turns import fold_seconds, seconds
 from zotune.config import Config, DataConfig, ModelConfig
 from zotune.data import BatchOrder
 from zotune.errors import ConfigError

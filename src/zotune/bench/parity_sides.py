@@ -136,7 +136,7 @@ def started(side: Side, setting: steps.Setting, method: Method, seed: int = 0) -
     if side.runtime == "oracle":
         yield OracleRuntime(setting.model.cpu(), method, seed=seed)
         return
-    with closing(start(side.runtime, setting, method, seed=seed)) as runtime:
+    with closing(cast("Runtime", start(side.runtime, setting, method, seed=seed))) as runtime:
         if side.attention == "eager":
             cast("EmbeddedRuntime", runtime).model.set_attn_implementation("eager")
         if side.head == "rounded":

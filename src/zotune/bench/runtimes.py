@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -16,19 +12,24 @@ from typing import Any
 import torch
 
 from zotune import models
-from zotune.bench import steps, work
+from zotune.bench import child, steps, turns
 from zotune.bench.runtimes_report import RuntimeReport, RuntimesReport
 from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
-from zotune.errors import ConfigError, ZotuneError, unknown
+from zotune.errors import ConfigError, unknown
 from zotune.optimizer import Method
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import checkpoint_layout
 from zotune.runtimes.precision import product_dtype
+from zotune.testing.baselines.lora_slots import LoraSlots
+from zotune.testing.baselines.public_api import PublicApi
 
 RUNTIMES = ("torch", "vllm", "vllm-compiled")
-"""What can be compared: the embedded runtime, and vLLM without and with its compiler."""
+"""The embedded runtime, and vLLM without and with its compiler."""
 
-_FOLDS = 3
+PEERS = ("lora-slots", "public-api")
+"""Others' ways through vLLM: `zotune.testing.baselines.lora_slots` and `zotune.testing.baselines.public_api`."""
+
+_PROBE = "zotune.bench.runtimes_probe"
 
 
 def runtimes(
@@ -47,7 +48,7 @@ def runtimes(
     """Time ask, score, losses, tell and apply on each runtime against the official LOZO step.
 
     Args:
-        names: Of `RUNTIMES`.
+        names: Of `RUNTIMES` and `PEERS`; peers tune linear layers alone, whatever the scope.
         model: As for `zotune.bench.step`, like all that follow.
         data: See there.
         dtype: Of the model under every runtime and the official procedure.
@@ -63,8 +64,8 @@ def runtimes(
         ZotuneError: A process that measures start-up and memory failed.
     """
     for name in names:
-        if name not in RUNTIMES:
-            raise ConfigError(unknown("runtime", name, RUNTIMES))
+        if name not in RUNTIMES + PEERS:
+            raise ConfigError(unknown("runtime", name, RUNTIMES + PEERS))
     dtype = steps.resolved(dtype)
     steps.check(dtype, dtype, scope, [batch_size, rank, directions, repeats, threads or 1])
     method = steps.method_of(scope, rank, directions)
@@ -76,7 +77,9 @@ def runtimes(
         theirs = steps.prepare(**given)
         official = steps.official_of(theirs.model, method)
         sides: dict[str, Callable[[int], object]] = {name: each.step for name, each in steppers.items()}
-        timing = _alternate(sides | {"official": lambda number: official.step(theirs.batch(number))}, steppers, repeats)
+        sides["official"] = lambda number: official.step(theirs.batch(number))
+        device = _device()
+        timing = turns.alternate(sides, steppers, repeats, device, product_dtype(theirs.model.dtype, device.type))
         batches = [theirs.batch(number) for number in range(1, repeats + 1)]
         flops = mean(next(iter(steppers.values())).flops(batch) for batch in batches)
         report = RuntimesReport(
@@ -90,53 +93,25 @@ def runtimes(
             threads=count,
             baseline_step_s=directions * median(timing.seconds["official"]),
             flops=flops,
-            peak_flops_per_s=max(timing.peaks),
-            runtimes=tuple(_report(name, timing, method, steppers[name]) for name in names),
+            peak_flops_per_s=timing.peak,
+            runtimes=tuple(_report(name, timing, method.interval) for name in names),
         )
     settings = given | {"scope": scope, "rank": rank, "directions": directions, "threads": count}
     return replace(report, runtimes=tuple(_apart(each, settings) for each in report.runtimes))
 
 
-class _Timing:
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-        self.phases: dict[str, dict[str, float]] = {}
-        self.peaks: list[float] = []
+def _report(name: str, timing: turns.Timing, interval: int) -> RuntimeReport:
+    fold = timing.folds[name] / interval
+    return RuntimeReport(name, median(timing.seconds[name]) + fold, timing.phases[name] | {"fold": fold})
 
 
-def _alternate(
-    sides: Mapping[str, Callable[[int], object]], steppers: Mapping[str, steps.Stepper], repeats: int
-) -> _Timing:
-    """Warm all sides up, then time them in turn, a few steps at a time, on the same batches."""
-    timing = _Timing()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    product = product_dtype(next(iter(steppers.values())).setting.model.dtype, device.type)
-    for step in sides.values():
-        step(0)
-    before = {name: dict(each.runtime.timings) for name, each in steppers.items()}
-    for start in range(1, repeats + 1, steps.TURN):
-        for name, step in sides.items():
-            turn = range(start, min(start + steps.TURN, repeats + 1))
-            spent = [steps.seconds(partial(step, number), device) for number in turn]
-            timing.seconds.setdefault(name, []).extend(spent)
-        timing.peaks.append(work.matmul_peak(product, device))
-    for name, each in steppers.items():
-        after = each.runtime.timings
-        timing.phases[name] = {phase: (after[phase] - before[name][phase]) / repeats for phase in after}
-    return timing
-
-
-def _report(name: str, timing: _Timing, method: Method, stepper: steps.Stepper) -> RuntimeReport:
-    taken = timing.seconds[name]
-    phases = timing.phases[name]
-    phases["other"] = mean(taken) - sum(phases.values())
-    phases["fold"] = median(steps.seconds(stepper.fold, stepper.device) for _ in range(_FOLDS)) / method.interval
-    return RuntimeReport(name, median(taken) + phases["fold"], phases)
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _stepper(name: str, given: Mapping[str, Any], method: Method, stack: ExitStack) -> steps.Stepper:
     setting = prepare(name, given)
-    stepper = steps.Stepper(setting, method, start(name, setting, method))
+    stepper = steps.Stepper(setting, method, start(name, setting, method), _device())
     stack.enter_context(closing(stepper.runtime))
     return stepper
 
@@ -147,36 +122,33 @@ def prepare(name: str, given: Mapping[str, Any]) -> steps.Setting:
 
 
 def start(name: str, setting: steps.Setting, method: Method, seed: int = 0) -> steps.Timed:
-    """A runtime on the setting's checkpoint, ready for its batches.
+    """What scores and learns on the setting's checkpoint, ready for its batches.
 
     Args:
-        name: Of `RUNTIMES`.
+        name: Of `RUNTIMES` or `PEERS`.
         setting: Model and batches.
-        method: What to tune and how.
+        method: What to tune and how; peers take its scope as ``linear``.
         seed: The run's seed.
     """
     if name == "torch":
         return EmbeddedRuntime(setting.model, method, seed=seed)
     from zotune.runtimes.engine.runtime import EngineRuntime, Work
 
+    work = Work.of(setting.dataset, setting.batch_size, method)
     dtype = str(setting.model.dtype).removeprefix("torch.")
-    options = RuntimeConfig(type="vllm", vllm=EngineConfig(compile=name == "vllm-compiled"))
-    return EngineRuntime.start(
-        ModelConfig.model_validate({"path": setting.model.name_or_path, "dtype": dtype}),
-        setting.model,
-        method,
-        seed=seed,
-        options=options,
-        work=Work.of(setting.dataset, setting.batch_size, method),
+    config = ModelConfig.model_validate({"path": setting.model.name_or_path, "dtype": dtype})
+    if name in PEERS:
+        method = replace(method, scope="linear")
+    if name == "public-api":
+        return PublicApi(config, setting.model, method, seed=seed, longest=work.longest)
+    options = EngineConfig(compile=name == "vllm-compiled", adapters="lora" if name == "lora-slots" else "none")
+    engine = EngineRuntime.start(
+        config, setting.model, method, seed=seed, options=RuntimeConfig(type="vllm", vllm=options), work=work
     )
+    return LoraSlots(engine) if name == "lora-slots" else engine
 
 
 def _apart(report: RuntimeReport, settings: Mapping[str, Any]) -> RuntimeReport:
     """The report with start-up time and peak memory, measured in a process of its own."""
-    command = [sys.executable, "-m", "zotune.bench.runtimes_probe", report.runtime, json.dumps(settings, default=str)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise ZotuneError(f"measuring the start of {report.runtime} failed: {last[0]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = child.figures(_PROBE, report.runtime, settings)
     return replace(report, startup_s=found["startup_s"], peak_bytes=found["peak_bytes"])

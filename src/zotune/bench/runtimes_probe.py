@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from zotune.bench.memory import forget_peak, peak_bytes
 from zotune.bench.runtimes import prepare, start
 from zotune.bench.steps import Stepper, method_of
+from zotune.peak import forget_peak, peak_bytes
 from zotune.protocol import Update
 
 _STEPS = 3

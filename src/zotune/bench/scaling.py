@@ -11,10 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from zotune.bench import apart, memory, shapes, sides, work
+from zotune.bench import apart, shapes, sides, work
 from zotune.bench.plan import Plan
 from zotune.bench.results import Case, Result, Results
-from zotune.bench.steps import Stepper, fold_seconds, seconds
+from zotune.bench.steps import Stepper
+from zotune.bench.turns import fold_seconds, seconds
+from zotune.peak import forget_peak, peak_bytes
 from zotune.runtimes.precision import product_dtype
 
 KIND = "scaling"
@@ -67,7 +69,7 @@ def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
     """
     taken, device = side.steps, side.steps.device
     taken.setting = replace(taken.setting, batch_size=case["batch_size"])
-    memory.forget_peak(device)
+    forget_peak(device)
     timed = range(1, 1 + repeats)
     for number in _warm_up(taken, timed):
         taken.step(number)
@@ -88,7 +90,7 @@ def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
         "flops": mean(map(taken.flops, batches)),
         "parameters": shapes.parameters(case["model"]),
         "peak_flops_per_s": work.matmul_peak(product_dtype(taken.setting.model.dtype, device.type), device),
-        "peak_bytes": memory.peak_bytes(device),
+        "peak_bytes": peak_bytes(device),
         "startup_s": side.startup_s,
         "repeats": repeats,
     }

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal, Protocol, cast, get_args
 
+import numpy as np
 import torch
 
 from zotune import data as datasets
 from zotune import demo, models
 from zotune.bench import memory as memories
-from zotune.bench import work
+from zotune.bench import turns, work
 from zotune.bench.step_report import StepReport
 from zotune.config import DataConfig, ModelConfig
 from zotune.errors import ConfigError, DataError, unknown
@@ -23,17 +23,15 @@ from zotune.layout import Scope
 from zotune.objectives import batch_losses
 from zotune.optimizer import Method, Optimizer
 from zotune.presets import PRESETS
-from zotune.protocol import Update
-from zotune.rows import Example
-from zotune.runtimes.base import Runtime
+from zotune.protocol import Probe, Update
+from zotune.rows import Example, Row
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.precision import product_dtype
 from zotune.testing.baselines.official import OfficialLozo
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _SCOPES = get_args(Scope)
-TURN = 3
-"""Steps in a row of either side: in a run, too, a step follows a step and not another program."""
+_OURS, _THEIRS = "zotune", "official"
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def step(
         directions: Two-point directions per step.
         repeats: Steps to time of each side, after one that is not timed.
         threads: CPU threads; default: PyTorch's.
-        memory: Also measure peak memory against bare inference, in two more processes.
+        memory: Also measure peak memory against bare inference, in processes of their own.
 
     Raises:
         ConfigError: A name is unknown or a count is not positive.
@@ -95,9 +93,14 @@ def step(
         theirs = prepare(model=model, data=data, dtype=baseline_dtype, batch_size=batch_size)
         stepper = Stepper(ours, method)
         official = official_of(theirs.model, method)
-        timing = _alternate(stepper, lambda number: official.step(theirs.batch(number)), repeats)
         device = stepper.device
         product = product_dtype(getattr(torch, dtype), device.type)
+        sides: dict[str, Callable[[int], object]] = {
+            _OURS: stepper.step,
+            _THEIRS: lambda number: official.step(theirs.batch(number)),
+        }
+        timing = turns.alternate(sides, {_OURS: stepper}, repeats, device, product)
+        fold = timing.folds[_OURS]
         batches = [ours.batch(number) for number in range(1, repeats + 1)]
         report = StepReport(
             model=Path(model).name if model else "the demo's model",
@@ -111,14 +114,14 @@ def step(
             directions=directions,
             repeats=repeats,
             threads=torch.get_num_threads(),
-            step_s=median(timing.ours) + timing.fold / method.interval,
-            baseline_step_s=directions * median(timing.theirs),
+            step_s=median(timing.seconds[_OURS]) + fold / method.interval,
+            baseline_step_s=directions * median(timing.seconds[_THEIRS]),
             tokens=round(mean(stepper.tokens(batch) for batch in batches)),
             baseline_tokens=round(directions * mean(work.padded_tokens(batch) for batch in batches)),
             flops=mean(stepper.flops(batch) for batch in batches),
             peak_flops_per_s=timing.peak,
-            fold_s=timing.fold,
-            phases=timing.phases | {"fold": timing.fold / method.interval},
+            fold_s=fold,
+            phases=timing.phases[_OURS] | {"fold": fold / method.interval},
         )
         if memory:
             settings = {"model": model, "data": data, "dtype": dtype, "batch_size": batch_size}
@@ -205,18 +208,20 @@ def _rows(batch: Sequence[Example]) -> list[Any]:
     return [example.row for example in batch]
 
 
-class Folding(Protocol):
-    """What closes windows, on a device."""
+class Timed(Protocol):
+    """What a step needs of a runtime, which knows where its time goes."""
 
-    device: torch.device
-
-    def fold(self) -> None:
-        """Close the window, where there is one."""
+    def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
+        """See `zotune.runtimes.base.Runtime.score`."""
         ...
 
+    def apply(self, update: Update) -> None:
+        """See `zotune.runtimes.base.Runtime.apply`."""
+        ...
 
-class Timed(Runtime, Protocol):
-    """A runtime that knows where its time goes."""
+    def close(self) -> None:
+        """See `zotune.runtimes.base.Runtime.close`."""
+        ...
 
     @property
     def timings(self) -> dict[str, float]:
@@ -281,45 +286,3 @@ class Stepper:
     @property
     def _probes(self) -> int:
         return len(self.optimizer.ask(0).probes)
-
-
-@dataclass(frozen=True)
-class _Timing:
-    ours: list[float]
-    theirs: list[float]
-    fold: float
-    phases: dict[str, float]
-    peak: float
-
-
-def _alternate(stepper: Stepper, official: Callable[[int], float], repeats: int) -> _Timing:
-    """Warm both up, then time them in turn, a few steps at a time, on the same batches."""
-    device, timings = stepper.device, stepper.runtime.timings
-    product = product_dtype(next(stepper.setting.model.parameters()).dtype, device.type)
-    stepper.step(0)
-    official(0)
-    before = dict(timings)
-    ours, theirs, peaks = [], [], []
-    for start in range(1, repeats + 1, TURN):
-        turn = range(start, min(start + TURN, repeats + 1))
-        ours += [seconds(partial(stepper.step, number), device) for number in turn]
-        theirs += [seconds(partial(official, number), device) for number in turn]
-        # In the same minutes as the steps, because on a shared machine the peak moves as much as they do.
-        peaks.append(work.matmul_peak(product, device))
-    phases = {name: (spent - before[name]) / repeats for name, spent in timings.items()}
-    phases["other"] = mean(ours) - sum(phases.values())
-    return _Timing(ours, theirs, fold_seconds(stepper), phases, max(peaks))
-
-
-def fold_seconds(side: Folding) -> float:
-    """How long closing a window takes, the median of three; on a GPU once kernels for it were compiled."""
-    for _ in range(2 if side.device.type == "cuda" else 0):
-        side.fold()
-    return median(seconds(side.fold, side.device) for _ in range(3))
-
-
-def seconds(act: Callable[[], object], device: torch.device) -> float:
-    """How long something takes, on the device too."""
-    start = work.clock(device)
-    act()
-    return work.clock(device) - start

@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zotune.bench.memory import forget_peak, peak_bytes
 from zotune.config import RuntimeConfig
 from zotune.layout import Layout
 from zotune.optimizer import Method
+from zotune.peak import forget_peak, peak_bytes
 from zotune.rows import Example
 from zotune.runtimes.packing import ACTIVATIONS
 from zotune.session import Session

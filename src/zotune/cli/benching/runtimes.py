@@ -26,7 +26,11 @@ from zotune.cli.program import AsJson, print_json
 @bench_app.command("runtimes")
 def bench_runtimes(
     runtimes: Annotated[
-        str, typer.Option(help="torch, vllm, vllm-compiled (a minute or more to start), with commas.")
+        str,
+        typer.Option(
+            help="torch, vllm, vllm-compiled (a minute or more to start), and others' ways through vLLM: lora-slots, "
+            "public-api; with commas."
+        ),
     ] = "torch,vllm",
     model: ModelPath = None,
     data: DataFolder = None,

@@ -22,6 +22,7 @@ from zotune.errors import ConfigError
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
 from zotune.runtimes.engine.slots import request
+from zotune.runtimes.timings import Timings
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.runtime import EngineRuntime
@@ -36,6 +37,9 @@ class LoraSlots:
     Args:
         runtime: Started with ``runtime.vllm.adapters = "lora"``.
 
+    Attributes:
+        timings: Seconds spent so far: ``draw`` is writing slots, ``forward`` vLLM's answering of requests.
+
     Raises:
         ConfigError: It was started without.
     """
@@ -45,6 +49,7 @@ class LoraSlots:
             raise ConfigError("adapter slots need an engine that was started with runtime.vllm.adapters = 'lora'")
         self._runtime, self._slots = runtime, runtime.slots
         self._steps = itertools.count()
+        self.timings = Timings.of("draw", "forward", "apply")
 
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
         """Log-likelihoods, float32 ``(probes, candidates)``; always normalised, two probes at a time.
@@ -58,19 +63,26 @@ class LoraSlots:
         return np.concatenate([self._score(pair, rows) for pair in pairs])
 
     def _score(self, probes: Sequence[Probe], rows: Sequence[Row]) -> np.ndarray:
-        for slot, probe in enumerate(probes):
-            self._slots.write(slot, probe)
+        with self.timings.timed("draw"):
+            for slot, probe in enumerate(probes):
+                self._slots.write(slot, probe)
         # A salt of its own for every state: what another one left in the prefix cache must not be taken for it.
         salts = [f"zotune-slots-{next(self._steps)}" for _ in probes]
         asked = [prompt | {"cache_salt": salt} for salt in salts for prompt in sequences(rows)]
         adapters = [request(slot) for slot in range(len(probes)) for _ in range(len(asked) // len(probes))]
-        answers = self._runtime.llm.generate(asked, scoring(), lora_request=adapters, use_tqdm=False)
+        with self.timings.timed("forward"):
+            answers = self._runtime.llm.generate(asked, scoring(), lora_request=adapters, use_tqdm=False)
         share = len(answers) // len(probes)
         return np.stack([log_likelihoods(answers[at : at + share], rows) for at in range(0, len(answers), share)])
 
     def apply(self, update: Update) -> None:
         """See `zotune.runtimes.base.Runtime.apply`."""
-        self._runtime.apply(update)
+        with self.timings.timed("apply"):
+            self._runtime.apply(update)
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self._runtime.close()
 
 
 def sequences(rows: Sequence[Row]) -> list[dict[str, Any]]:

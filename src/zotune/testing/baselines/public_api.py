@@ -37,6 +37,7 @@ from zotune.runtimes.folding.fold import Fold
 from zotune.runtimes.folding.move import Move
 from zotune.runtimes.sites import find_sites
 from zotune.runtimes.spaces.lowrank import LowRankMatrix, LowRankSpace
+from zotune.runtimes.timings import Timings
 from zotune.testing.baselines.lora_slots import log_likelihoods, scoring, sequences
 
 _MOST_TOKENS = 2048
@@ -52,6 +53,10 @@ class PublicApi:
         seed: The run's seed.
         windows: That the adapters must have room for.
         longest: Most tokens of a sequence.
+
+    Attributes:
+        timings: Seconds spent so far: ``draw`` is writing adapters, ``forward`` vLLM's loading them and answering
+            requests.
 
     Raises:
         ConfigError: An adapter cannot hold what the method learns, or vLLM is not there.
@@ -74,6 +79,7 @@ class PublicApi:
         self._matrices = {site: cast("LowRankMatrix", state) for site, state in self._space.sites.items()}
         self._ended = _Ended(self._matrices)
         self._states = itertools.count(1)
+        self.timings = Timings.of("draw", "forward", "apply")
         self._targets = sorted({site.name.split(".")[-2] for site in self._weights})
         self.llm = launch.start(
             config,
@@ -100,7 +106,7 @@ class PublicApi:
         """
         ask = self._ask_tokens if all(row.single_token for row in rows) else self._ask_prompts
         with TemporaryDirectory() as folder:
-            return np.stack([ask(self._adapter(probe, Path(folder)), rows) for probe in probes])
+            return np.stack([ask(self._state(probe, Path(folder)), rows) for probe in probes])
 
     def _ask_prompts(self, adapter: Any, rows: Sequence[Row]) -> np.ndarray:
         return log_likelihoods(self._generate(sequences(rows), scoring(), adapter), rows)
@@ -122,7 +128,12 @@ class PublicApi:
         return np.array(found, dtype=np.float32)
 
     def _generate(self, prompts: list[dict[str, Any]], options: Any, adapter: Any) -> Any:
-        return self.llm.generate(prompts, options, lora_request=adapter, use_tqdm=False)
+        with self.timings.timed("forward"):
+            return self.llm.generate(prompts, options, lora_request=adapter, use_tqdm=False)
+
+    def _state(self, probe: Probe, folder: Path) -> Any:
+        with self.timings.timed("draw"):
+            return self._adapter(probe, folder)
 
     def _adapter(self, probe: Probe, folder: Path) -> Any:
         """A LoRA request for the state of a probe, whose adapter is written to a folder of its own."""
@@ -158,7 +169,8 @@ class PublicApi:
 
     def apply(self, update: Update) -> None:
         """Move B by the update; what a window that ends has learnt stays in the adapter."""
-        self._space.apply(update, self._weights, self._ended)
+        with self.timings.timed("apply"):
+            self._space.apply(update, self._weights, self._ended)
 
     def close(self) -> None:
         """Shut the engine down."""
