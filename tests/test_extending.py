@@ -12,8 +12,8 @@ import tiny_runs
 import zotune
 from zotune.config import DataConfig
 from zotune.data.sources import Hub, locate
-from zotune.estimators import TwoPoint
-from zotune.optimizer import Optimizer
+from zotune.estimators import ESTIMATORS
+from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN
 from zotune.testing import conformance
 
@@ -34,10 +34,13 @@ def test_the_preset_asks_for_a_clean_probe_and_four_directions(snippets: dict[st
     assert len({probe.key for probe in probes[1:]}) == 4
 
 
-def test_the_estimator_clips_the_two_point_estimate(snippets: dict[str, Any]) -> None:
-    losses, clipped = [0.5, 0.4, 3.0, 1.0], snippets["ClippedTwoPoint"]()
-    assert clipped.coefficients(losses, 1e-3)[0] == TwoPoint().coefficients(losses, 1e-3)[0]
-    assert clipped.coefficients(losses, 1e-3)[1] == 50
+def test_a_run_with_the_estimator_has_clipped_coefficients(
+    snippets: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ESTIMATORS, "clipped", snippets["ClippedTwoPoint"]())
+    optimizer = Optimizer(Method(estimator="clipped", directions=2, eps=1e-3), steps=10)  # type: ignore[arg-type]
+    update = optimizer.tell(optimizer.ask(0), [0.5, 0.4, 3.0, 1.0])
+    assert [coefficient for _, coefficient in update.terms] == [pytest.approx(25), 50]
 
 
 def test_the_task_completes_a_configuration(snippets: dict[str, Any]) -> None:

@@ -1,50 +1,45 @@
 """Estimators: from the losses of a step's probes to one coefficient per direction.
 
-Each is a pair of pure functions. ``probes`` lists what to score; ``coefficients`` turns the losses, in that order,
-into the projected gradients ``c`` whose mean direction ``1/q sum c_i u_i`` estimates the gradient.
+All are pure functions. ``probes`` lists what to score; ``slopes`` and ``coefficients`` turn the losses, in that order,
+into the loss's slope along every direction, and into the projected gradients ``c`` whose mean direction
+``1/q sum c_i u_i`` estimates the gradient.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from statistics import pstdev
-from typing import Protocol
 
 from zotune.protocol import CLEAN, DirectionKey, Probe
 
 
-class Estimator(Protocol):
+class Estimator(ABC):
     """What every estimator offers.
 
     Attributes:
         eps_follows_lr: Whether the probe distance falls with the learning rate's schedule, as far as to half.
     """
 
-    eps_follows_lr: bool
+    eps_follows_lr = False
 
+    @abstractmethod
     def probes(self, keys: Sequence[DirectionKey], eps: float) -> tuple[Probe, ...]:
         """The points to score for these directions."""
-        ...
 
+    @abstractmethod
     def slopes(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
         """The loss's derivative along each direction, as its probes see it."""
-        ...
 
     def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
-        """One coefficient per direction, each already divided by the number of directions."""
-        ...
+        """One coefficient per direction, each already divided by the number of directions: the slopes, as they are."""
+        slopes = self.slopes(losses, eps)
+        return tuple(slope / len(slopes) for slope in slopes)
 
 
-def _mean(slopes: Sequence[float]) -> tuple[float, ...]:
-    """Coefficients whose sum over directions is the mean."""
-    return tuple(slope / len(slopes) for slope in slopes)
-
-
-class TwoPoint:
+class TwoPoint(Estimator):
     """Central difference ``c = (L(+eps) - L(-eps)) / (2 eps)`` (Spall 1992, SPSA); two forwards per direction."""
-
-    eps_follows_lr = False
 
     def probes(self, keys: Sequence[DirectionKey], eps: float) -> tuple[Probe, ...]:
         """Plus and minus of each direction, side by side."""
@@ -54,15 +49,9 @@ class TwoPoint:
         """Differences of neighbours."""
         return tuple((plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True))
 
-    def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
-        """The slopes, for their mean."""
-        return _mean(self.slopes(losses, eps))
 
-
-class OneSided:
+class OneSided(Estimator):
     """Forward difference ``c = (L(+eps) - L(0)) / eps`` with one clean score shared by all directions."""
-
-    eps_follows_lr = False
 
     def probes(self, keys: Sequence[DirectionKey], eps: float) -> tuple[Probe, ...]:
         """The clean model, then plus of each direction."""
@@ -72,10 +61,6 @@ class OneSided:
         """Differences from the clean loss."""
         clean, *shifted = losses
         return tuple((loss - clean) / eps for loss in shifted)
-
-    def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
-        """The slopes, for their mean."""
-        return _mean(self.slopes(losses, eps))
 
 
 class Standardised(OneSided):
@@ -91,7 +76,7 @@ class Standardised(OneSided):
         spread = pstdev(shifted)
         if not spread:
             return (math.nan,) * len(shifted)
-        return _mean([(loss - clean) / spread for loss in shifted])
+        return tuple((loss - clean) / spread / len(shifted) for loss in shifted)
 
 
 class Damped(OneSided):
@@ -100,8 +85,9 @@ class Damped(OneSided):
     eps_follows_lr = True
 
     def coefficients(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
-        """The slopes, damped each before their mean."""
-        return _mean([slope / max(1.0, abs(slope) ** 0.1) for slope in self.slopes(losses, eps)])
+        """The slopes, each damped."""
+        slopes = self.slopes(losses, eps)
+        return tuple(slope / max(1.0, abs(slope) ** 0.1) / len(slopes) for slope in slopes)
 
 
 ESTIMATORS: dict[str, Estimator] = {
