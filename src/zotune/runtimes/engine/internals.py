@@ -131,10 +131,13 @@ class Engine:
         return Head(module, owned, processor.scale, processor.soft_cap)
 
     def forward(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Hidden states after the last layer, ``(tokens, width)``, of these sequences one after the other.
+        """Hidden states after the last layer of these sequences, one after the other.
 
         Args:
             sequences: Token ids, ascending by length: vLLM puts shorter ones first by itself.
+
+        Returns:
+            ``(tokens, width)``, valid until the next forward.
         """
         runner, call = self._runner, next(self._calls)
         ids = [f"zotune-{call}-{i}" for i in range(len(sequences))]

@@ -8,14 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zotune.errors import ModelError, reason
-from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe
 from zotune.runtimes import wire
@@ -29,67 +28,13 @@ from zotune.runtimes.folding.fold import StochasticFold
 from zotune.runtimes.packing import ACTIVATIONS, cut
 from zotune.runtimes.spaces.lowrank import LowRankMatrix
 
+if TYPE_CHECKING:
+    from zotune.runtimes.engine.internals import Engine
+
 MOST_DIRECTIONS = 16
 """Directions of one forward; more are scored in several."""
 
 _SAMPLES = 64
-
-
-class Engine(Protocol):
-    """What a `Tuner` asks of the engine whose model it tunes."""
-
-    model: nn.Module
-    dtype: torch.dtype
-    device: torch.device
-    max_tokens: int
-    max_rows: int
-    max_length: int
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """Tokens of a block of each group of the key-value cache."""
-        ...
-
-    @property
-    def n_blocks(self) -> int:
-        """Blocks that a forward may use."""
-        ...
-
-    def locate(self, sites: Sequence[Site]) -> list[Place]:
-        """Where each site is."""
-        ...
-
-    def head(self) -> Head:
-        """The output head."""
-        ...
-
-    def forward(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Hidden states of these sequences, ascending by length, ``(tokens, width)``; valid until the next forward."""
-        ...
-
-    def quantisation(self, place: Place) -> str | None:
-        """How a layer is quantised; None where it has a plain weight."""
-        ...
-
-    def plain(self, place: Place) -> Tensor:
-        """A parameter in plain form."""
-        ...
-
-    def sample(self, place: Place, column: int | None) -> Tensor:
-        """A column of a matrix as it is here, or a vector."""
-        ...
-
-    def repack(self, place: Place, weight: Tensor) -> None:
-        """Take a parameter's new value."""
-        ...
-
-    def open_slots(self, count: int, places: Sequence[Place]) -> None:
-        """Make so many adapter slots, all empty, for the layers at these places."""
-        ...
-
-    def write_slot(self, number: int, place: Place, a: Tensor, b: Tensor) -> None:
-        """Let a slot add ``x a^T b^T``, ``(r, in)`` and ``(out, r)``, at a place."""
-        ...
 
 
 class Tuner:
