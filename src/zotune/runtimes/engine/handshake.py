@@ -67,7 +67,7 @@ def _check_weights(runtime: EngineRuntime, weights: Mapping[str, Tensor]) -> Non
         for name, (plain, place, column) in answer.items():
             if name not in weights:
                 continue
-            sample, expected = wire.tensor(plain), shards.take(weights[name], place)
+            sample, expected = wire.tensor(plain), shards.take(weights[name], *shards.unpack(place))
             expected = expected if column is None else expected[:, column]
             if not _same(sample, expected[: len(sample)]):
                 raise EngineError(f"vLLM's place for {name} holds other weights than the checkpoint")

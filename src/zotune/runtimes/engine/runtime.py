@@ -209,7 +209,7 @@ class EngineRuntime:
             return pieces[0]
         whole = torch.zeros(shapes[name.partition("/")[2]], dtype=pieces[0].dtype)
         for piece, (_, place) in zip(pieces, answers, strict=True):
-            shards.put(whole, place, piece)
+            shards.put(whole, *shards.unpack(place), piece)
         return whole
 
     def load_state(self, state: Mapping[str, Tensor], window: int) -> None:

@@ -18,18 +18,17 @@ def pack(part: Part) -> list[Any]:
     return [bounds, [columns.start, columns.stop]]
 
 
-def take(whole: Tensor, place: Sequence[Any]) -> Tensor:
-    """What of a whole site's tensor lies at a place that `pack` gave."""
+def unpack(place: Sequence[Any]) -> tuple[slice | Tensor, slice]:
+    """The rows and columns that `pack` was given."""
     bounds, columns = place
-    rows = whole[torch.tensor(bounds[1:])] if bounds[0] == "indices" else whole[slice(*bounds)]
-    return rows[:, slice(*columns)] if rows.dim() == 2 else rows
+    return torch.tensor(bounds[1:]) if bounds[0] == "indices" else slice(*bounds), slice(*columns)
 
 
-def put(whole: Tensor, place: Sequence[Any], piece: Tensor) -> None:
+def take(whole: Tensor, rows: slice | Tensor, columns: slice) -> Tensor:
+    """What of a whole site's tensor lies there."""
+    return whole[(rows, columns)[: whole.dim()]]
+
+
+def put(whole: Tensor, rows: slice | Tensor, columns: slice, piece: Tensor) -> None:
     """Put a shard where it belongs in the whole."""
-    bounds, columns = place
-    rows = torch.tensor(bounds[1:]) if bounds[0] == "indices" else torch.arange(len(whole))[slice(*bounds)]
-    if whole.dim() == 2:
-        whole[rows, slice(*columns)] = piece
-    else:
-        whole[rows] = piece
+    whole[(rows, columns)[: whole.dim()]] = piece

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zotune.layout import Site
 from zotune.protocol import Update
+from zotune.runtimes.engine import shards
 from zotune.runtimes.engine.layers import Place
 from zotune.runtimes.engine.tokenwise import Part, TokenSpace
 from zotune.runtimes.folding.fold import Fold, MasterFold, StochasticFold
@@ -74,9 +75,9 @@ class Weights:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` gave, from whole tensors."""
         for site, weight in self.views.items():
-            weight.copy_(shard(state[f"weight/{site.name}"], self.parts[site]))
+            weight.copy_(_shard(state[f"weight/{site.name}"], self.parts[site]))
         parts = {name: self.part_of(name) for name in self.fold.state()}
-        self.fold.load_state({name: shard(state[name], part) for name, part in parts.items() if part is not None})
+        self.fold.load_state({name: _shard(state[name], part) for name, part in parts.items() if part is not None})
         self.repack()
 
     def part_of(self, name: str) -> Part | None:
@@ -97,13 +98,13 @@ class ShardFold(Fold):
         if self._is_whole(move):
             self._fold.add(move, step)
         elif isinstance(self._fold, MasterFold):
-            self._fold.add(replace(move, change=shard(move.change(slice(None)), part).__getitem__), step)
+            self._fold.add(replace(move, change=_shard(move.change(slice(None)), part).__getitem__), step)
         else:
             # The noise is that of the whole weight: a shard cannot draw its own rows and columns of it alone.
             whole = torch.zeros(site.shape, dtype=weight.dtype, device=weight.device)
-            place_shard(whole, part, weight)
+            shards.put(whole, part.rows, part.columns, weight)
             self._fold.add(replace(move, weight=whole), step)
-            weight.copy_(shard(whole, part))
+            weight.copy_(_shard(whole, part))
 
     def add_all(self, moves: Iterable[Move], step: int) -> None:
         """See `Fold.add_all`."""
@@ -123,16 +124,6 @@ class ShardFold(Fold):
         self._fold.load_state(state)
 
 
-def shard(whole: Tensor, part: Part) -> Tensor:
+def _shard(whole: Tensor, part: Part) -> Tensor:
     """The part of a whole site's tensor that is here."""
-    rows = whole[part.rows]
-    return rows[:, part.columns] if rows.dim() == 2 else rows
-
-
-def place_shard(whole: Tensor, part: Part, piece: Tensor) -> None:
-    """Put a part where it belongs in the whole site's tensor."""
-    if whole.dim() == 2:
-        index = torch.arange(len(whole), device=whole.device)[part.rows]
-        whole[index, part.columns] = piece
-    else:
-        whole[part.rows] = piece
+    return shards.take(whole, part.rows, part.columns)
