@@ -74,7 +74,7 @@ def automatic_class(config: Any) -> Any:
 
 def _load(config: ModelConfig, automatic: Any, **options: Any) -> Any:
     """What an automatic class of transformers makes of the checkpoint, which is a folder or on the hub."""
-    path = _folder_or_id(config.path)
+    path = folder_or_id(config.path)
     reachable = Path(path).is_dir() or hub.reachable()
     options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
@@ -141,8 +141,12 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
 
 
-def _folder_or_id(path: str) -> str:
-    """What transformers is to load: an existing folder's path, or a hub id as it is."""
+def folder_or_id(path: str) -> str:
+    """What transformers and vLLM are to load: an existing folder's path, or a hub id as it is.
+
+    Raises:
+        ModelError: There is no such folder, or no checkpoint in it.
+    """
     folder = expand(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir():

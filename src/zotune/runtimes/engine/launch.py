@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from zotune import models
 from zotune.config import ModelConfig
 from zotune.errors import ModelError, ZotuneError, reason
-from zotune.paths import expand
 from zotune.runtimes.engine import gate, layers, lifeline, memory
 
 # vLLM's worker on a CPU puts something that does nothing in its place.
@@ -83,7 +83,7 @@ def start(
             memory.available(cuda, memory_fraction), "the GPU" if cuda else "this machine"
         )
         arguments: dict[str, Any] = {
-            "model": _folder_or_id(model.path),
+            "model": models.folder_or_id(model.path),
             "revision": model.revision,
             "trust_remote_code": model.trust_remote_code,
             "dtype": dtype,
@@ -176,24 +176,9 @@ def graph_sizes(batch_tokens: int, most: int) -> list[int]:
     return sorted({size for size in (*small, *around) if size <= most})
 
 
-def _folder_or_id(path: str) -> str:
-    folder = expand(path)
-    return str(folder) if folder.is_dir() else path
-
-
 def _cache_bytes(model: ModelConfig, dtype: str, shape: Mapping[str, int], shards: int) -> int:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            _folder_or_id(model.path),
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-        )
-    # What is raised depends on the versions of several libraries below, and all of it means the same to the user.
-    except Exception as error:
-        raise ModelError(f"cannot load the model {model.path!r}: {reason(error)}.") from error
-    return memory.cache_bytes(config.get_text_config(), getattr(torch, dtype).itemsize, shards=shards, **shape)
+    config = models.load_config(model).get_text_config()
+    return memory.cache_bytes(config, getattr(torch, dtype).itemsize, shards=shards, **shape)
 
 
 def _need(settings: Mapping[str, Any], dtype: str, weights: int, cache: int, workers: int, cuda: bool) -> memory.Need:
