@@ -14,7 +14,6 @@ from zotune import models
 from zotune.config import Config
 from zotune.data import Dataset
 from zotune.data import load as load_data
-from zotune.paths import expand
 from zotune.rows import Example, checksum
 from zotune.watching.metrics import comparable
 
@@ -144,7 +143,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def _texts(config: Config, count: int, rows: str | None) -> tuple[Dataset | None, str | None]:
     """The run's data, read anew without its model; or why it cannot be shown."""
     try:
-        described = _from_checkpoint(config)
+        described = SimpleNamespace(config=models.load_config(config.model))
         data = load_data(config.data, models.load_tokenizer(config.model), models.context_length(described))
     # The libraries below raise what they like, and all of it means that there are no texts to show.
     except Exception as error:
@@ -155,14 +154,6 @@ def _texts(config: Config, count: int, rows: str | None) -> tuple[Dataset | None
     if rows not in (None, checksum(data.validation)):
         return None, "The validation rows have changed since, so that only their numbers are shown."
     return data, None
-
-
-def _from_checkpoint(config: Config) -> SimpleNamespace:
-    """What `models.context_length` needs to know of a model, without its weights."""
-    from transformers import AutoConfig
-
-    options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    return SimpleNamespace(config=AutoConfig.from_pretrained(expand(config.model.path), **options))
 
 
 def _changed(place: int, found: Sequence[Predictions], data: Dataset | None) -> Changed:
