@@ -27,12 +27,13 @@ from zotune.runtimes.embedded import attention, generation, graphs, heap, lora, 
 from zotune.runtimes.embedded.crown import Crown
 from zotune.runtimes.embedded.trial import Trial
 from zotune.runtimes.embedded.trunk import Trunk
-from zotune.runtimes.folding.fold import Fold, MasterFold, StochasticFold
+from zotune.runtimes.folding.fold import chosen_fold
 from zotune.runtimes.packing import ACTIVATIONS, Pack, cut, pack
 from zotune.runtimes.precision import product_dtype
 from zotune.runtimes.spaces import appended
 from zotune.runtimes.spaces.dense import DenseSpace
 from zotune.runtimes.spaces.lowrank import LowRankSpace
+from zotune.runtimes.spaces.mixture import grouped
 
 _FINGERPRINT_SAMPLES = 4096
 
@@ -85,11 +86,7 @@ class EmbeddedRuntime:
             self.space = LowRankSpace(self.layout.sites, method, seed, model.device, product)
         else:
             self.space = DenseSpace(self.layout.sites, method, seed, model.device)
-        self._fold: Fold = (
-            StochasticFold(seed)
-            if fold == "stochastic"
-            else MasterFold({site.name: weight for site, weight in self._weights.items()})
-        )
+        self._fold = chosen_fold(fold, seed, self._weights)
         self._shape = modules.Shape()
         self._crown = Crown(model, self._shape)
         modules.wrap(model, {site.name: state for site, state in self.space.sites.items()}, self._shape)
@@ -137,19 +134,8 @@ class EmbeddedRuntime:
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
         """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
         costs = [self._cost(row, normalised) for row in rows]
-        together = self._together(probes, max(1, self.max_tokens // max(costs)))
+        together = grouped(probes, self.max_tokens // max(costs), self._directions)
         return np.concatenate([self._score_blocks(part, rows, costs, normalised) for part in together])
-
-    def _together(self, probes: Sequence[Probe], most: int) -> Iterator[Sequence[Probe]]:
-        """Cut probes into parts of at most so many, of no more directions than there is room for."""
-        part: list[Probe] = []
-        for probe in probes:
-            directions = {each.key for each in (*part, probe)} - {None}
-            if len(part) == most or len(directions) > self._directions:
-                yield part
-                part = []
-            part.append(probe)
-        yield part
 
     def _score_blocks(
         self, probes: Sequence[Probe], rows: Sequence[Row], costs: Sequence[int], normalised: bool

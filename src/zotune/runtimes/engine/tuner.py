@@ -27,6 +27,7 @@ from zotune.runtimes.engine.weights import Weights
 from zotune.runtimes.folding.fold import StochasticFold
 from zotune.runtimes.packing import ACTIVATIONS, cut
 from zotune.runtimes.spaces.lowrank import LowRankMatrix
+from zotune.runtimes.spaces.mixture import grouped
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.internals import Engine
@@ -132,7 +133,7 @@ class Tuner:
                 f"{self.engine.max_tokens}. Start it for longer rows, or set data.max_length."
             )
         limit = self.engine.max_tokens // max(costs)
-        parts = [self._score(group, rows, costs, whole) for group in _groups(asked, limit, self.mix.columns - 1)]
+        parts = [self._score(group, rows, costs, whole) for group in grouped(asked, limit, self.mix.columns - 1)]
         logits, normalisers = (np.concatenate(each) for each in zip(*parts, strict=True))
         return logits.tobytes(), normalisers.tobytes()
 
@@ -293,18 +294,6 @@ class Tuner:
         start = time.perf_counter()
         yield
         self.timings[phase] += time.perf_counter() - start
-
-
-def _groups(probes: Sequence[Probe], limit: int, directions: int) -> Iterator[list[Probe]]:
-    """Probes that go into one forward: at most ``limit``, and of at most so many directions."""
-    group: list[Probe] = []
-    for probe in probes:
-        moved = {(each.key, each.eps) for each in (*group, probe) if each.key is not None}
-        if group and (len(group) >= limit or len(moved) > directions):
-            yield group
-            group = []
-        group.append(probe)
-    yield group
 
 
 def _table_of(head: Head, layers: Sequence[Layer]) -> TunedTable | None:

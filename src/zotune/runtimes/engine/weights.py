@@ -14,7 +14,7 @@ from zotune.protocol import Update
 from zotune.runtimes.engine import shards
 from zotune.runtimes.engine.layers import Place
 from zotune.runtimes.engine.tokenwise import Part, TokenSpace
-from zotune.runtimes.folding.fold import Fold, MasterFold, StochasticFold
+from zotune.runtimes.folding.fold import Fold, MasterFold, StochasticFold, chosen_fold
 from zotune.runtimes.folding.move import Move
 
 
@@ -50,12 +50,7 @@ class Weights:
         self.views = {
             place.part.site: self._stored[place.path, place.parameter][1][place.part.local] for place in places
         }
-        inner = (
-            StochasticFold(seed)
-            if fold == "stochastic"
-            else MasterFold({site.name: weight for site, weight in self.views.items()})
-        )
-        self.fold = ShardFold(inner, self.parts)
+        self.fold = ShardFold(chosen_fold(fold, seed, self.views), self.parts)
 
     def apply(self, space: TokenSpace, update: Update) -> None:
         """Let the space move by the update; after a fold the engine has the new weights."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.runtimes.folding import fused
 from zotune.runtimes.folding.fused import FusedFold
@@ -109,6 +110,19 @@ class MasterFold(Fold):
         """Restore the float32 copies."""
         for name, tensor in self.master.items():
             tensor.copy_(state[f"master/{name}"])
+
+
+def chosen_fold(fold: str, seed: int, weights: Mapping[Site, Tensor]) -> StochasticFold | MasterFold:
+    """The fold of that name.
+
+    Args:
+        fold: ``stochastic`` or ``master``.
+        seed: The run's seed.
+        weights: What is to be folded into.
+    """
+    if fold == "stochastic":
+        return StochasticFold(seed)
+    return MasterFold({site.name: weight for site, weight in weights.items()})
 
 
 def _on_gpu(weight: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,18 @@ class Mixture:
         self.weights.copy_(other.weights)
         self.picked.copy_(other.picked)
         self.amounts.copy_(other.amounts)
+
+
+def grouped(probes: Sequence[Probe], most: int, directions: float) -> Iterator[list[Probe]]:
+    """Cut probes into parts that go into one forward: one or more, at most so many, of at most so many directions."""
+    part: list[Probe] = []
+    for probe in probes:
+        moved = {(each.key, each.eps) for each in (*part, probe) if each.key is not None}
+        if part and (len(part) >= most or len(moved) > directions):
+            yield part
+            part = []
+        part.append(probe)
+    yield part
 
 
 class Vector:
