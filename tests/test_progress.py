@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from zotune.progress import SilentReporter, Smoothed, TerminalReporter, duration, percent, reporter
+from zotune.progress import Smoothed, TerminalReporter, duration, percent
 
 
 class Clock:
@@ -151,11 +151,6 @@ def test_in_a_notebook_one_line_is_replaced() -> None:
     (live,) = (each.data for each in outputs if each.output_type == "display_data")
     assert live == {"text/plain": "step 40/40  loss 0.600  smoothed 0.600  accuracy 80.0 %  100 rows/s"}
     assert "\x1b" not in json.dumps(outputs)
-
-
-def test_the_reporter_of_a_console() -> None:
-    assert isinstance(reporter(Console(), quiet=True), SilentReporter)
-    assert isinstance(reporter(Console()), TerminalReporter)
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (250, "4:10"), (7325, "2:02:05")])

@@ -86,7 +86,7 @@ def _load(config: ModelConfig, automatic: Any, **options: Any) -> Any:
         if not reachable:
             why = f"it is not in the local cache, and the Hugging Face hub cannot be reached: {hub.WITHOUT}"
         raise ModelError(
-            f"cannot load the model {config.path!r}: {why.rstrip('.')}. "
+            f"cannot load the model {config.path!r}: {why}. "
             "Give a folder with config.json, weights and tokenizer, or the id of a model on the hub."
         ) from error
 

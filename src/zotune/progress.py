@@ -318,11 +318,6 @@ def _plain(text: str) -> dict[str, str]:
     return {"text/plain": text}
 
 
-def reporter(console: Console, *, quiet: bool = False) -> Reporter:
-    """The reporter for a console: silent if ``quiet``, else live on a terminal and plain elsewhere."""
-    return SilentReporter() if quiet else TerminalReporter(console)
-
-
 def percent(share: float) -> str:
     """``0.783`` as ``78.3 %``."""
     return f"{100 * share:.1f} %"

@@ -62,14 +62,12 @@ class ModelClock:
         waits: Whether each hook waits until the device is done, so that a phase's time is the device's, too.
 
     Attributes:
-        forwards: Seen so far.
         before: Seconds waited for what was asked of the device before the forward.
         body: Seconds from the beginning of a forward to its output head.
         head: Seconds in the output head.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, *, waits: bool) -> None:
-        self.forwards = 0
         self.before = self.body = self.head = 0.0
         self._model = model
         self._clock: Callable[[], float] = (lambda: _clock(device)) if waits else time.perf_counter
@@ -92,7 +90,6 @@ class ModelClock:
         asked = time.perf_counter()
         self._last = self._clock()
         self.before += self._last - asked
-        self.forwards += 1
 
     def _reaches_head(self, *_: Any) -> None:
         self.body += self._lap()

@@ -17,7 +17,7 @@ from zotune.bench.cluster_check import Measured
 from zotune.run import cpu_name, versions
 
 REPLICAS = tuple(4**power for power in range(7))
-"""1 to 4,096."""
+"""Numbers to simulate: 1 to 4,096."""
 
 
 @dataclass(frozen=True)
@@ -114,31 +114,28 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
-def from_costs(
-    costs: Costs, conditions: Conditions, units: int, replicas: Sequence[int] = REPLICAS, seed: int = 0
-) -> ClusterReport:
+def from_costs(costs: Costs, conditions: Conditions, units: int, seed: int) -> ClusterReport:
     """Simulate steps whose costs are known."""
-    simulated = simulate(costs, conditions, units, replicas, seed)
+    simulated = simulate(costs, conditions, units, REPLICAS, seed)
     return ClusterReport(units, units, costs, conditions, simulated, (), (), {})
 
 
 def cluster(
-    counts: Sequence[int] = (1,),
+    counts: Sequence[int],
     *,
-    latency: float = 5e-4,
-    jitter: float | None = None,
-    failures: float = 0.01,
-    model: str | None = None,
-    data: Path | None = None,
-    dtype: str = "auto",
-    batch_size: int = 16,
-    rank: int = 2,
-    scope: str = "all",
-    directions: int = 8,
-    repeats: int = 9,
-    cpus: int = 1,
-    replicas: Sequence[int] = REPLICAS,
-    seed: int = 0,
+    latency: float,
+    jitter: float | None,
+    failures: float,
+    model: str | None,
+    data: Path | None,
+    dtype: str,
+    batch_size: int,
+    rank: int,
+    scope: str,
+    directions: int,
+    repeats: int,
+    cpus: int,
+    seed: int,
 ) -> ClusterReport:
     """Time steps of real replicas on this machine, and simulate those of many from what they cost.
 
@@ -156,7 +153,6 @@ def cluster(
         directions: Two-point directions per step.
         repeats: Steps to time of each number.
         cpus: Cores of a replica, and its threads.
-        replicas: Numbers to simulate.
         seed: Of the simulation.
 
     Raises:
@@ -175,7 +171,7 @@ def cluster(
         directions,
         found.costs,
         chosen,
-        simulate(found.costs, chosen, units, replicas, seed),
+        simulate(found.costs, chosen, units, REPLICAS, seed),
         found.measured,
         tuple(_predicted(found.costs, here, each, seed) for each in found.measured),
         {

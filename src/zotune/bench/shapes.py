@@ -31,7 +31,7 @@ _QWEN3 = {"vocab_size": 151936, "rms_norm_eps": 1e-6, "head_dim": 128}
 _TINY = {"vocab_size": 256, "max_position_embeddings": 128, "head_dim": 32}
 _UNTIED = {"tie_word_embeddings": False}
 
-_SHAPES: Mapping[str, Mapping[str, Any]] = {
+SHAPES: Mapping[str, Mapping[str, Any]] = {
     "opt-125m": _opt(768, 12, 12),
     "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
     "opt-1.3b": _opt(2048, 24, 32),
@@ -50,15 +50,13 @@ _SHAPES: Mapping[str, Mapping[str, Any]] = {
     "tiny-llama": _decoder("llama", 128, 192, 2, 4, 2, **_TINY),
     "tiny-qwen3": _decoder("qwen3", 128, 192, 3, 4, 2, **_TINY),
 }
-
-SHAPES: tuple[str, ...] = tuple(_SHAPES)
-"""Names that `network` takes: released models by their own sizes, and tiny ones to try a benchmark with."""
+"""What `network` takes: released models by their own sizes, and tiny ones to try a benchmark with."""
 
 
 def check(name: str) -> None:
     """Refuse an unknown shape with a `ConfigError`."""
-    if name not in _SHAPES:
-        raise ConfigError(unknown("model shape", name, _SHAPES))
+    if name not in SHAPES:
+        raise ConfigError(unknown("model shape", name, SHAPES))
 
 
 def config(name: str) -> PretrainedConfig:
@@ -68,7 +66,7 @@ def config(name: str) -> PretrainedConfig:
         ConfigError: No such shape.
     """
     check(name)
-    values = dict(_SHAPES[name])
+    values = dict(SHAPES[name])
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 

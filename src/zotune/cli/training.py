@@ -12,7 +12,7 @@ from rich.text import Text
 
 from zotune.cli.program import INTERRUPTED, TERMINATED, AsJson, RunPath, app, command_line, print_json
 from zotune.paths import expand
-from zotune.progress import LastingConsole, Reporter, duration, percent, reporter
+from zotune.progress import LastingConsole, Reporter, TerminalReporter, duration, percent
 from zotune.signals import Terminated
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _train(path: Path, work: Callable[[Reporter], Summary], as_json: bool) -> No
     """Train with live progress, then draw the picture and print the outcome."""
     path = expand(path)
     console = LastingConsole(stderr=as_json)
-    live = reporter(console)
+    live = TerminalReporter(console)
     try:
         summary = work(live)
     except (KeyboardInterrupt, Terminated) as end:

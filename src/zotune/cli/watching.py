@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zotune.cli.program import INTERRUPTED, AsJson, RunPath, app, command_line, print_json
-from zotune.progress import LastingConsole, duration, percent, reporter
+from zotune.progress import LastingConsole, TerminalReporter, duration, percent
 
 if TYPE_CHECKING:
     from zotune.watching.sweep import Group, Row, Summary
@@ -32,7 +32,7 @@ def sweep(
     failures = None
     if not summary:
         try:
-            failures = sweeps.run(plan, lambda: reporter(console))
+            failures = sweeps.run(plan, lambda: TerminalReporter(console))
         except KeyboardInterrupt:
             typer.echo(f"interrupted; go on with: {command_line('sweep', file)}", err=True)
             raise typer.Exit(INTERRUPTED) from None

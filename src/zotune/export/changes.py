@@ -143,7 +143,7 @@ class Collector(Fold):
         self.changes = {site: Change(site.shape, space.device) for site in space.sites}
 
     def add(self, move: Move, step: int) -> None:
-        """Take what would move the weight."""
+        """Take what would move the weight; nothing is rounded, so the step does not matter."""
         state = self._space.sites[move.site]
         if isinstance(state, LowRankMatrix):
             self.changes[move.site].add_product(state.update, state.v, move.keep)
@@ -165,12 +165,10 @@ def collect(weights: Mapping[Site, Tensor], method: Method, seed: int, updates: 
     kind = LowRankSpace if method.family == "low-rank" else DenseSpace
     space = kind(tuple(weights), method, seed, device)
     collector = Collector(space)
-    step = 0
     for update in updates:
         space.apply(update, weights, collector)
-        step = update.step
     if isinstance(space, LowRankSpace):
         # The last window is seldom over when the run is.
         for site, state in space.sites.items():
-            collector.add(Move(site, weights[site], state.change, state.keep), step)
+            collector.add(Move(site, weights[site], state.change, state.keep), step=0)
     return collector.changes

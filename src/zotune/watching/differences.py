@@ -18,6 +18,9 @@ from zotune.tasks import TASKS
 Values = Mapping[str, Any]
 """Values of a configuration by dotted key, e.g. ``method.lr``."""
 
+_LONGEST = 60
+"""Characters of a legend; a longer one gives way to the run's name."""
+
 
 def flatten(table: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables as one, with dotted keys; an empty table says nothing."""
@@ -83,23 +86,22 @@ def shown(value: Any) -> str:
     return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def labels(names: Sequence[str], configurations: Sequence[Values], longest: int = 60) -> list[str]:
+def labels(names: Sequence[str], configurations: Sequence[Values]) -> list[str]:
     """One legend per run: what differs between the configurations, or the run's name where that does not tell.
 
     Args:
         names: The runs' names.
         configurations: Their values.
-        longest: Characters; a longer legend gives way to the name.
     """
     keys = differing(configurations)
     short = short_names(keys)
     told = [", ".join(f"{short[key]} {shown(each.get(key))}" for key in keys) for each in configurations]
     counts = Counter(told)
-    return [_label(name, text, longest, clear=counts[text] == 1) for name, text in zip(names, told, strict=True)]
+    return [_label(name, text, clear=counts[text] == 1) for name, text in zip(names, told, strict=True)]
 
 
-def _label(name: str, text: str, longest: int, *, clear: bool) -> str:
-    if not text or len(text) > longest:
+def _label(name: str, text: str, *, clear: bool) -> str:
+    if not text or len(text) > _LONGEST:
         return name
     return text if clear else f"{name} ({text})"
 

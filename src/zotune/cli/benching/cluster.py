@@ -45,7 +45,7 @@ def bench_cluster(
     if unit_ms is not None:
         conditions = Conditions(latency_ms / 1e3, 0.05 if jitter is None else jitter, failures)
         costs = Costs(unit_ms / 1e3, update_ms / 1e3, call_ms / 1e3, driver_ms / 1e3, start_s)
-        report = cluster_report.from_costs(costs, conditions, directions, seed=seed)
+        report = cluster_report.from_costs(costs, conditions, directions, seed)
     else:
         report = cluster_report.cluster(
             numbers(int, check, "--check"),

@@ -24,12 +24,10 @@ class Traffic:
     Attributes:
         down: Bytes to replicas.
         up: Bytes from them.
-        calls: Questions.
     """
 
     down: int = 0
     up: int = 0
-    calls: int = 0
 
 
 @dataclass
@@ -84,7 +82,6 @@ class Member:
         self.told += len(updates)
         self.rows |= new.keys()
         self.traffic.down += len(message)
-        self.traffic.calls += 1
         return begun
 
     def end(self, begun: Any, patience: float | None = None) -> tuple[float, Any]:

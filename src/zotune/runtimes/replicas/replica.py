@@ -37,13 +37,11 @@ class Record:
         layout: The sites.
         traits: What must be the same for all replicas, or their scores would differ, by name.
         pid: Its process.
-        seconds: Time that loading and wrapping the model took.
     """
 
     layout: Layout
     traits: Mapping[str, str]
     pid: int
-    seconds: float
 
 
 class Replica:
@@ -63,7 +61,6 @@ class Replica:
             blueprint: Of what.
             cores: Places of the cores to run on among those that this process may use; none: on all.
         """
-        began = time.perf_counter()
         os.sched_setaffinity(0, {self._cores[core % len(self._cores)] for core in cores} or self._cores)
         self.shut()
         self._rows.clear()
@@ -77,8 +74,7 @@ class Replica:
             "model": self._runtime.fingerprint,
             "layout": self._runtime.layout.fingerprint,
         }
-        seconds = time.perf_counter() - began
-        return Record(self._runtime.layout, traits, os.getpid(), seconds)
+        return Record(self._runtime.layout, traits, os.getpid())
 
     def call(self, message: bytes) -> bytes:
         """Take updates and rows, then do what is asked.

@@ -104,7 +104,6 @@ class OfficialMezo:
         eps: Distance of a probe.
         weight_decay: Not applied to names that hold ``bias``, ``layer_norm`` or ``layernorm``.
         seed: Of the sequence of step seeds.
-        pad: Token id of padding.
 
     Attributes:
         steps: Steps done.
@@ -112,10 +111,10 @@ class OfficialMezo:
     """
 
     def __init__(
-        self, model: nn.Module, *, lr: float, eps: float = 1e-3, weight_decay: float = 0.0, seed: int = 0, pad: int = 0
+        self, model: nn.Module, *, lr: float, eps: float = 1e-3, weight_decay: float = 0.0, seed: int = 0
     ) -> None:
         self.model = model.eval()
-        self.lr, self.eps, self.weight_decay, self.pad = lr, eps, weight_decay, pad
+        self.lr, self.eps, self.weight_decay = lr, eps, weight_decay
         self.steps = 0
         self.projected_gradient = 0.0
         self._seeds = np.random.default_rng(seed)
@@ -131,7 +130,7 @@ class OfficialMezo:
         Raises:
             DataError: See `collate`.
         """
-        batch = collate(examples, self.pad)
+        batch = collate(examples)
         seed = int(self._seeds.integers(1_000_000_000))
         self._perturb(seed, 1)
         plus = padded_loss(self.model, batch)
@@ -181,7 +180,6 @@ class OfficialLozo(OfficialMezo):
         interval: Steps that share V.
         weight_decay: As for `OfficialMezo`.
         seed: As for `OfficialMezo`.
-        pad: As for `OfficialMezo`.
         applies_probed: Draw V before U while updating too, so that the probed direction is the applied one.
     """
 
@@ -195,10 +193,9 @@ class OfficialLozo(OfficialMezo):
         interval: int = 50,
         weight_decay: float = 0.0,
         seed: int = 0,
-        pad: int = 0,
         applies_probed: bool = False,
     ) -> None:
-        super().__init__(model, lr=lr, eps=eps, weight_decay=weight_decay, seed=seed, pad=pad)
+        super().__init__(model, lr=lr, eps=eps, weight_decay=weight_decay, seed=seed)
         self.rank, self.interval, self.applies_probed = rank, interval, applies_probed
         self._v: dict[str, Tensor] = {}
 
