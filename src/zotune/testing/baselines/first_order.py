@@ -12,7 +12,7 @@ give a float32 model: in 16 bits, steps of a usual size are lost in rounding.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 
-from zotune.evaluate import Decode, Evaluation, evaluate
 from zotune.objectives import CandidateCrossEntropy, Objective
-from zotune.optimizer import Method
 from zotune.rows import Example, Row
-from zotune.runtimes.embedded import EmbeddedRuntime, lora
+from zotune.runtimes.embedded import lora
 from zotune.schedules import factor
 
 
@@ -105,13 +103,3 @@ class FirstOrder:
         self._schedule.step()
         self._optimizer.zero_grad()
         return float(loss.detach())
-
-    def evaluate(
-        self, examples: Sequence[Example], decode: Decode | None = None, stop: Collection[int] = ()
-    ) -> Evaluation:
-        """Judge the model as it is now exactly as a run of zotune is judged; see `zotune.evaluate.evaluate`."""
-        runtime = EmbeddedRuntime(self.model, Method(scope="linear"))
-        try:
-            return evaluate(runtime, examples, self.objective, decode, stop)
-        finally:
-            runtime.close()
