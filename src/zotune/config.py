@@ -12,8 +12,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from zotune.errors import ConfigError, unknown
+from zotune.estimators import EstimatorName
 from zotune.layout import Scope
 from zotune.paths import StrPath, expand
+from zotune.schedules import Schedule
 
 AUTO: Final = "auto"
 
@@ -116,13 +118,13 @@ class MethodConfig(Section):
     rank: int | None = Field(default=None, ge=1, le=4096, description="rank of a direction")
     interval: int | None = Field(default=None, ge=1, description="steps that share V (nu)")
     directions: int | None = Field(default=None, ge=1, le=4096, description="directions per step")
-    estimator: Literal["two-point", "one-sided", "standardised", "damped"] | None = None
+    estimator: EstimatorName | None = None
     calibrated: bool | None = Field(
         default=None, description="take what the model prefers to answer off every batch's loss"
     )
     momentum: float | None = Field(default=None, ge=0, lt=1)
     weight_decay: float | None = Field(default=None, ge=0, le=1e6)
-    schedule: Literal["constant", "linear", "cosine"] | None = None
+    schedule: Schedule | None = None
     warmup_steps: int | None = Field(default=None, ge=0)
 
 

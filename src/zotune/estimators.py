@@ -11,8 +11,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from statistics import pstdev
+from typing import Literal
 
 from zotune.protocol import CLEAN, DirectionKey, Probe
+
+EstimatorName = Literal["two-point", "one-sided", "standardised", "damped"]
 
 
 class Estimator(ABC):
@@ -90,7 +93,7 @@ class Damped(OneSided):
         return tuple(slope / max(1.0, abs(slope) ** 0.1) / len(slopes) for slope in slopes)
 
 
-ESTIMATORS: dict[str, Estimator] = {
+ESTIMATORS: dict[EstimatorName, Estimator] = {
     "two-point": TwoPoint(),
     "one-sided": OneSided(),
     "standardised": Standardised(),

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zotune.errors import ConfigError, NonFiniteLossError
-from zotune.estimators import ESTIMATORS
+from zotune.estimators import ESTIMATORS, EstimatorName
 from zotune.layout import Scope
 from zotune.protocol import DirectionKey, Proposal, Update
-from zotune.schedules import factor
+from zotune.schedules import Schedule, factor
 
 _LARGEST = (2 - 2**-23) * 2.0**127
 """The largest float32, in which runtimes hold what coefficients multiply."""
@@ -31,7 +31,7 @@ class Method:
         rank: Columns of U and V (low-rank).
         interval: Steps that share V, nu (low-rank).
         normalised: Whether directions are divided by ``sqrt(rank)`` (low-rank).
-        estimator: Of `zotune.estimators`: ``two-point``, ``one-sided``, ``standardised`` or ``damped``.
+        estimator: One of `zotune.estimators.ESTIMATORS`.
         directions: Directions per step, q.
         calibrated: Whether what the model prefers to answer is fitted to every batch and taken off its loss; see
             `zotune.objectives.CalibratedCrossEntropy`.
@@ -39,7 +39,7 @@ class Method:
         lr: Learning rate, in the convention of LOZO's official code (``B -= lr * c * U``).
         momentum: Beta of LOZO-M; 0 for plain SGD (low-rank).
         weight_decay: Decoupled: ``W -= lr * weight_decay * W`` where `zotune.layout.Site.decays`.
-        schedule: ``constant``, ``linear`` or ``cosine``, after ``warmup_steps`` of linear rise.
+        schedule: One of `zotune.schedules.SCHEDULES`, after ``warmup_steps`` of linear rise.
         warmup_steps: See ``schedule``.
         lora_rank: Tune freshly added LoRA matrices of this rank on the query and value projections instead of the
             model's own weights.
@@ -52,14 +52,14 @@ class Method:
     rank: int = 2
     interval: int = 50
     normalised: bool = False
-    estimator: Literal["two-point", "one-sided", "standardised", "damped"] = "two-point"
+    estimator: EstimatorName = "two-point"
     directions: int = 1
     calibrated: bool = False
     eps: float = 1e-3
     lr: float = 1e-6
     momentum: float = 0.0
     weight_decay: float = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup_steps: int = 0
     lora_rank: int | None = None
     lora_alpha: int = 16
