@@ -47,7 +47,7 @@ class Comparison:
         sides: Of `SIDES`.
         dtypes: Of the model; the oracle is always float32.
         scope: What is tuned.
-        probes: Directions, each on a batch of its own; 0 is as good as no such part.
+        probes: Directions, each on a batch of its own.
         eps: Distance of a probe, where it is not swept.
         batch_size: Examples per step.
         presets: Of trajectories.

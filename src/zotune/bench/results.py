@@ -28,7 +28,7 @@ class Result:
     """One measured case.
 
     Attributes:
-        kind: Which benchmark: ``scaling``, ``convergence``, ``overhead``, ``parity``, ``cluster``.
+        kind: Which benchmark: ``step``, ``scaling``, ``convergence``, ``overhead`` or ``parity``.
         case: Its settings.
         figures: What came out.
         machine: Hardware, versions, commit, date and command; see `machine`.
