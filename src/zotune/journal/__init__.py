@@ -8,6 +8,7 @@ branches.py   going back, and keeping what came later
 audit.py      is it sound, and where do two part
 """
 
-from zotune.journal.writer import Change, Entry, Header, Journal, locked, read
+from zotune.journal.records import Change, Entry, Header, read
+from zotune.journal.writer import Journal, locked
 
 __all__ = ["Change", "Entry", "Header", "Journal", "locked", "read"]

@@ -16,9 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zotune.errors import JournalError
-from zotune.journal.records import Change, Contents, Entry, Header, differences, header_at, line, read
-
-__all__ = ["Change", "Entry", "Header", "Journal", "locked", "read"]
+from zotune.journal.records import Contents, Entry, Header, differences, header_at, line, read
 
 _SYNC_SECONDS = 1.0
 _HINTS = {
