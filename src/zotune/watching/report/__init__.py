@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
+from zotune import durable
 from zotune.errors import ConfigError
 from zotune.paths import StrPath, expand
 from zotune.watching.report.gather import gather
@@ -32,13 +31,9 @@ def write(run: StrPath, out: StrPath | None = None) -> Path:
     folder = expand(run)
     page = render(gather(folder)).encode("utf-8", "replace")
     place = folder / "report.html" if out is None else expand(out)
-    draft = place.parent / f".{place.name}.part"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(page)
-        os.replace(draft, place)
+        durable.replace(place, page)
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         raise ConfigError(f"cannot write the report {place}: {error.strerror or error}") from error
     return place
