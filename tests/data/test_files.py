@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zotune.data.files import CsvRows, JsonLines, Text, read
+from zotune.data.files import CsvRows, JsonLines, TextFile, read
 from zotune.errors import DataError
 
 ROWS = [{"text": "café", "n": 1}, {"text": "a film\u2028of two lines 😀", "n": 2}]
@@ -60,7 +60,7 @@ def test_json_lines_are_read_in_any_order(tmp_path, rows, data):
     blanks = data.draw(st.lists(st.sampled_from(["", "\n", " \r\n", "\t\n"]), min_size=len(rows), max_size=len(rows)))
     texts = (blank + json.dumps(row, ensure_ascii=False) for blank, row in zip(blanks, rows, strict=True))
     path.write_text("\n".join(texts), encoding="utf-8", newline="")
-    found = JsonLines(Text.of(path))
+    found = JsonLines(TextFile.of(path))
     assert len(found) == len(rows)
     for index in data.draw(st.permutations(range(len(rows)))):
         assert found[index] == rows[index]
@@ -73,7 +73,7 @@ def test_csv_is_read_as_the_library_reads_it_from_the_last_row_on(tmp_path, rows
     csv.writer(out, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([["a", "b"], *rows])
     path = tmp_path / "rows.csv"
     path.write_text(out.getvalue(), encoding="utf-8", newline="")
-    found = CsvRows(Text.of(path))
+    found = CsvRows(TextFile.of(path))
     assert [found[index] for index in reversed(range(len(found)))][::-1] == list(
         csv.DictReader(io.StringIO(out.getvalue(), newline=""))
     )

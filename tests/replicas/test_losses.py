@@ -85,11 +85,11 @@ class Run:
         """Kill replicas and go on until all are missed."""
         victims = [self.runtime.team.members[number] for number in numbers]
         for victim in victims:
-            os.kill(victim.record.pid, signal.SIGKILL)
+            os.kill(victim.introduction.pid, signal.SIGKILL)
         self.take_until(lambda: not any(victim in self.runtime.team.members.values() for victim in victims))
 
     def pid(self, number: int) -> int:
-        return self.runtime.team.members[number].record.pid
+        return self.runtime.team.members[number].introduction.pid
 
 
 @contextmanager

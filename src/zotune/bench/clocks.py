@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from zotune.bench import work
 
 
-class Spent:
+class Stopwatch:
     """Seconds by what they were spent on.
 
     Attributes:
@@ -32,22 +32,22 @@ class Spent:
         return found
 
 
-class Timed:
+class Clocked:
     """Stands for an object, and counts the time of some of its methods.
 
     Args:
         inner: The object.
-        spent: Where to count.
+        stopwatch: Where to count.
         methods: Names of methods, and as what their time counts.
     """
 
-    def __init__(self, inner: Any, spent: Spent, **methods: str) -> None:
-        self._inner, self._spent, self._methods = inner, spent, methods
+    def __init__(self, inner: Any, stopwatch: Stopwatch, **methods: str) -> None:
+        self._inner, self._stopwatch, self._methods = inner, stopwatch, methods
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         what = self._methods.get(name)
-        return found if what is None else partial(self._spent.on, what, found)
+        return found if what is None else partial(self._stopwatch.on, what, found)
 
 
 class ModelClock:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from zotune.bench import apart, sides, work
-from zotune.bench.clocks import ModelClock, Spent, Timed
+from zotune.bench.clocks import Clocked, ModelClock, Stopwatch
 from zotune.bench.plan import Plan
 from zotune.bench.results import Case, Result, Results
 from zotune.bench.sides import OFFICIAL
@@ -123,23 +123,23 @@ def split(stepper: Stepper, repeats: int, *, waits: bool) -> tuple[float, dict[s
             has its graph.
         waits: Whether to wait for a GPU after a step, and between the phases of the embedded runtime.
     """
-    clock, spent = ModelClock(stepper.setting.model, stepper.device, waits=waits), Spent()
+    clock, stopwatch = ModelClock(stepper.setting.model, stepper.device, waits=waits), Stopwatch()
     warm_up = 2 * repeats if stepper.device.type == "cuda" else _WARM_UP
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        session = _session(stepper, spent, repeats)
+        session = _session(stepper, stopwatch, repeats)
         journal = Journal.create(folder / "journal.jsonl", session.header())
         stack.enter_context(closing(journal))
-        step = partial(take_step, session, journal=cast("Journal", Timed(journal, spent, append="journal")))
+        step = partial(take_step, session, journal=cast("Journal", Clocked(journal, stopwatch, append="journal")))
         for number in range(warm_up):
             step(number)
-        spent.seconds.clear()
+        stopwatch.seconds.clear()
         before = stepper.timings
         with clock:
             taken = seconds if waits else _seconds_of_the_host
             total = sum(taken(partial(step, warm_up + number), stepper.device) for number in range(repeats))
         runtime = {name: value - before[name] for name, value in stepper.timings.items()}
-    phases = _phases(total, spent.seconds, runtime, clock)
+    phases = _phases(total, stopwatch.seconds, runtime, clock)
     return total / repeats, {name: value / repeats for name, value in phases.items()}
 
 
@@ -185,7 +185,7 @@ class _Repeating(BatchOrder):
         return super().indices(step % self.every)
 
 
-def _session(stepper: Stepper, spent: Spent, batches: int) -> Session:
+def _session(stepper: Stepper, stopwatch: Stopwatch, batches: int) -> Session:
     """The stepper's parts as the training loop takes them, with clocks around runtime and objective."""
     data, method = stepper.setting.dataset, stepper.optimizer.method
     config = Config(
@@ -195,7 +195,7 @@ def _session(stepper: Stepper, spent: Spent, batches: int) -> Session:
         config,
         # The fold is timed by itself, so no window ends in the steps.
         Optimizer(replace(method, interval=10**9), 10**9),
-        cast("Runtime", Timed(stepper.runtime, spent, score="score", apply="apply")),
-        replace(data, objective=cast("Objective", Timed(data.objective, spent, losses="loss"))),
+        cast("Runtime", Clocked(stepper.runtime, stopwatch, score="score", apply="apply")),
+        replace(data, objective=cast("Objective", Clocked(data.objective, stopwatch, losses="loss"))),
         _Repeating(len(data.train), stepper.setting.batch_size, seed=0, every=batches),
     )

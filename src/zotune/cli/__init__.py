@@ -3,7 +3,7 @@
 from zotune.cli.program import app, main
 
 # In the order in which --help lists their commands.
-from zotune.cli import training, looking, tasking, history, journals, scaling, watching, exporting, benching  # isort: skip
+from zotune.cli import training, looking, tasking, history, journals, scale, watching, exporting, benching  # isort: skip
 
 __all__ = [
     "app",
@@ -13,7 +13,7 @@ __all__ = [
     "journals",
     "looking",
     "main",
-    "scaling",
+    "scale",
     "tasking",
     "training",
     "watching",

@@ -55,14 +55,14 @@ def read(path: Path, form: str) -> Records:
     """
     if form == ".parquet":
         return ParquetRows(path)
-    text = Text.of(path)
+    text = TextFile.of(path)
     if form == ".csv":
         return CsvRows(text)
     return _array(text) if text.begins_with(b"[") else JsonLines(text)
 
 
 @dataclass(frozen=True)
-class Text:
+class TextFile:
     """UTF-8 text: a file that is, or a file's content after it was decompressed and converted in memory.
 
     Attributes:
@@ -76,7 +76,7 @@ class Text:
     content: bytes | None
 
     @classmethod
-    def of(cls, path: Path) -> Text:
+    def of(cls, path: Path) -> TextFile:
         """Look at the encoding; only compressed and converted files are read now.
 
         Raises:
@@ -137,7 +137,7 @@ class Text:
 class JsonLines:
     """One JSON object per line; blank lines are none. Eight bytes per row are kept in memory."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: TextFile) -> None:
         self.text, self.starts = text, array("q")
         at = text.start
         with text.open() as file:
@@ -161,7 +161,7 @@ class JsonLines:
 class CsvRows:
     """A table with a header line. Eight bytes per row are kept in memory."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: TextFile) -> None:
         self.text, self.starts = text, array("q")
         self._at = text.start
         cells, self.header = csv.reader(self._followed(), strict=True), list[str]()
@@ -267,13 +267,13 @@ class ParquetRows:
         return DataError(f"cannot read {self.path} as Parquet: {first_line(error)}")
 
 
-def _array(text: Text) -> Records:
+def _array(text: TextFile) -> Records:
     """A JSON array of objects, which has to be read as a whole."""
     rows = _json(text, "".join(text.lines(text.start)), text.start)
     return [_object(row, f"row {number}", text.path) for number, row in enumerate(rows, start=1)]
 
 
-def _json(text: Text, part: str, at: int) -> Any:
+def _json(text: TextFile, part: str, at: int) -> Any:
     """The value that a part of the text from byte ``at`` on stands for."""
     try:
         return json.loads(part)

@@ -79,7 +79,7 @@ def start(
         block = _CUDA_BLOCK if cuda else _CPU_BLOCK
         shape = {"block": block, "tokens": max_tokens, "rows": max_rows, "longest": longest}
         kv_bytes = kv_bytes or _cache_bytes(model, dtype, shape, tensor_parallel)
-        _need(settings, dtype, weight_bytes, kv_bytes, tensor_parallel, cuda).check(
+        _demand(settings, dtype, weight_bytes, kv_bytes, tensor_parallel, cuda).check(
             memory.available(cuda, memory_fraction), "the GPU" if cuda else "this machine"
         )
         arguments: dict[str, Any] = {
@@ -181,13 +181,15 @@ def _cache_bytes(model: ModelConfig, dtype: str, shape: Mapping[str, int], shard
     return memory.cache_bytes(config, getattr(torch, dtype).itemsize, shards=shards, **shape)
 
 
-def _need(settings: Mapping[str, Any], dtype: str, weights: int, cache: int, workers: int, cuda: bool) -> memory.Need:
+def _demand(
+    settings: Mapping[str, Any], dtype: str, weights: int, cache: int, workers: int, cuda: bool
+) -> memory.Demand:
     """What the busiest GPU holds, or on a CPU all workers together."""
     factors = memory.factor_bytes(settings, getattr(torch, dtype).itemsize, packs=not cuda)
     return (
-        memory.Need(weights // workers, factors // workers, cache)
+        memory.Demand(weights // workers, factors // workers, cache)
         if cuda
-        else memory.Need(weights, factors, cache * workers)
+        else memory.Demand(weights, factors, cache * workers)
     )
 
 

@@ -17,7 +17,7 @@ _CACHED = ("active_file", "inactive_file")
 
 
 @dataclass(frozen=True)
-class Need:
+class Demand:
     """Bytes on one device.
 
     Attributes:

@@ -14,7 +14,7 @@ from zotune.runtimes import wire
 from zotune.runtimes.replicas import shares
 from zotune.runtimes.replicas.cluster import Cluster, Lost, Seat, answer
 from zotune.runtimes.replicas.history import History
-from zotune.runtimes.replicas.replica import PIECE, Record
+from zotune.runtimes.replicas.replica import PIECE, Introduction
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Member:
     Attributes:
         number: Its place, which a replacement keeps.
         seat: Where it runs.
-        record: What it said when it was ready.
+        introduction: What it said when it was ready.
         history: That it follows.
         traffic: Counted here.
         told: How many updates of the history it has been told of.
@@ -65,7 +65,7 @@ class Member:
 
     number: int
     seat: Seat
-    record: Record
+    introduction: Introduction
     history: History
     traffic: Traffic
     told: int = 0
@@ -111,7 +111,7 @@ class Member:
     def about(self) -> dict[str, Any]:
         """How it does, for people."""
         figures = {name: round(value, 4) for name, value in asdict(self.figures).items() if value is not None}
-        return {"node": self.seat.node, "pid": self.record.pid, **figures, "started": round(self.started, 3)}
+        return {"node": self.seat.node, "pid": self.introduction.pid, **figures, "started": round(self.started, 3)}
 
     def fetch(self) -> dict[str, Tensor]:
         """Its state, in pieces."""

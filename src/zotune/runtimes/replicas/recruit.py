@@ -11,7 +11,7 @@ from zotune.runtimes.replicas import member
 from zotune.runtimes.replicas.cluster import Cluster, Seat
 from zotune.runtimes.replicas.history import History
 from zotune.runtimes.replicas.member import Member, Traffic
-from zotune.runtimes.replicas.replica import Record
+from zotune.runtimes.replicas.replica import Introduction
 
 _LOOK = 2.0
 """Seconds between two looks at whether it is still wanted, while there is no room for it."""
@@ -41,7 +41,7 @@ class Recruit:
         blueprint: Blueprint,
         history: History,
         traffic: Traffic,
-        expected: Record | None,
+        expected: Introduction | None,
     ) -> None:
         self.number, self.began = number, time.monotonic()
         self.member: Member | None = None
@@ -79,8 +79,8 @@ class Recruit:
     def _start(self) -> Member | None:
         if (seat := self._find_room()) is None:
             return None
-        record = seat.ask("open", self._blueprint, seat.cores)
-        found = Member(self.number, seat, record, self._history, self._traffic)
+        introduction = seat.ask("open", self._blueprint, seat.cores)
+        found = Member(self.number, seat, introduction, self._history, self._traffic)
         if self._expected is not None:
             require_same(found, self._expected)
         foundation = self._history.foundation()
@@ -103,16 +103,17 @@ class Recruit:
         return None
 
 
-def require_same(found: Member, expected: Record) -> None:
+def require_same(found: Member, expected: Introduction) -> None:
     """Make sure that a replica computes the same bits as the others.
 
     Raises:
         EngineError: A trait differs; the message says which, and what it is on either side.
     """
     for name, value in expected.traits.items():
-        if found.record.traits.get(name) != value:
+        own = found.introduction.traits.get(name)
+        if own != value:
             raise EngineError(
                 f"replica {found.number} on node {found.seat.node} is not like the others: its {name} is "
-                f"{found.record.traits.get(name)!r}, theirs {value!r}. All nodes need the same packages, model files "
-                "and kind of device, or the result would depend on who computes what."
+                f"{own!r}, theirs {value!r}. All nodes need the same packages, model files and kind of device, or the "
+                "result would depend on who computes what."
             )

@@ -30,7 +30,7 @@ PIECE = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Record:
+class Introduction:
     """What a replica says of itself when it is ready.
 
     Attributes:
@@ -54,7 +54,7 @@ class Replica:
         self._leaving: dict[str, Tensor] = {}
         self._coming: dict[str, Tensor] = {}
 
-    def open(self, blueprint: Blueprint, cores: Sequence[int]) -> Record:
+    def open(self, blueprint: Blueprint, cores: Sequence[int]) -> Introduction:
         """Build the runtime, in the place of one that there may be.
 
         Args:
@@ -74,7 +74,7 @@ class Replica:
             "model": self._runtime.fingerprint,
             "layout": self._runtime.layout.fingerprint,
         }
-        return Record(self._runtime.layout, traits, os.getpid())
+        return Introduction(self._runtime.layout, traits, os.getpid())
 
     def call(self, message: bytes) -> bytes:
         """Take updates and rows, then do what is asked.

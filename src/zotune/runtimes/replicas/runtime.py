@@ -21,7 +21,7 @@ from zotune.runtimes.replicas.board import Board
 from zotune.runtimes.replicas.cluster import Cluster
 from zotune.runtimes.replicas.history import History
 from zotune.runtimes.replicas.member import Member, Traffic
-from zotune.runtimes.replicas.replica import Record
+from zotune.runtimes.replicas.replica import Introduction
 from zotune.runtimes.replicas.spread import Begin, Part, Spread
 from zotune.runtimes.replicas.team import Team
 from zotune.runtimes.replicas.units import Unit
@@ -62,12 +62,12 @@ class RayRuntime:
         self._news: list[str] = []
         self.team = Team(cluster, blueprint, self._history, self._options.patience, self._news.append)
         try:
-            record = self.team.start((self._board and self._board.wanted()) or replicas)
+            introduction = self.team.start((self._board and self._board.wanted()) or replicas)
         except BaseException:
             self.team.close()
             raise
-        self.layout, self.fingerprint = record.layout, record.traits["model"]
-        self._unit_tokens = self._options.unit_tokens or _unit_tokens(record, blueprint)
+        self.layout, self.fingerprint = introduction.layout, introduction.traits["model"]
+        self._unit_tokens = self._options.unit_tokens or _unit_tokens(introduction, blueprint)
         self._numbers: dict[Row, int] = {}
         self._window = self._checked = 0
         self.timings = {"work": 0.0, "wait": 0.0}
@@ -196,13 +196,13 @@ class RayRuntime:
             self._board.show(self.team)
 
 
-def _unit_tokens(record: Record, blueprint: Blueprint) -> int:
+def _unit_tokens(introduction: Introduction, blueprint: Blueprint) -> int:
     """Most tokens of a unit where the options say nothing."""
     most = blueprint.options.max_tokens
     # Every part of a cut draws its directions again, and to draw a dense one takes as long as the model is large.
     if blueprint.method.family == "dense":
         return most
-    return min(most, _CPU_UNIT if record.traits["device"].startswith("CPU") else _GPU_UNIT)
+    return min(most, _CPU_UNIT if introduction.traits["device"].startswith("CPU") else _GPU_UNIT)
 
 
 def _probes(unit: Unit) -> int:

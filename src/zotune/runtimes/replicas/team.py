@@ -16,7 +16,7 @@ from zotune.runtimes.replicas.cluster import Cluster, Lost
 from zotune.runtimes.replicas.history import History
 from zotune.runtimes.replicas.member import Member, Traffic
 from zotune.runtimes.replicas.recruit import Recruit, require_same
-from zotune.runtimes.replicas.replica import Record
+from zotune.runtimes.replicas.replica import Introduction
 
 _ATTEMPTS = 3
 """Starts that may fail in a row before no replacement is tried any more."""
@@ -60,11 +60,11 @@ class Team:
         self.restarts: Counter[int] = Counter()
         self.traffic = Traffic()
         self.wanted = 0
-        self._record: Record | None = None
+        self._introduction: Introduction | None = None
         self._failures: list[Exception] = []
         self._known: set[int] = set()
 
-    def start(self, replicas: int) -> Record:
+    def start(self, replicas: int) -> Introduction:
         """Start so many replicas; what the first one says of itself.
 
         Raises:
@@ -80,14 +80,14 @@ class Team:
                 recruit.wait()
                 self._take_in_first(self.recruits.pop(recruit.number))
             self._fill()
-        assert self._record is not None
-        return self._record
+        assert self._introduction is not None
+        return self._introduction
 
     def _take_in_first(self, recruit: Recruit) -> None:
         """Let a first one join; what building its runtime raised is the user's to know at once."""
         if recruit.member is not None:
-            self._record = self._record or recruit.member.record
-            require_same(recruit.member, self._record)
+            self._introduction = self._introduction or recruit.member.introduction
+            require_same(recruit.member, self._introduction)
             self._join(recruit)
             return
         assert recruit.error is not None
@@ -177,7 +177,7 @@ class Team:
         for number in range(self.wanted):
             if number not in self.members and number not in self.recruits:
                 self.recruits[number] = Recruit(
-                    number, self.cluster, self._blueprint, self._history, self.traffic, self._record
+                    number, self.cluster, self._blueprint, self._history, self.traffic, self._introduction
                 )
 
     def _take_in(self, recruit: Recruit) -> None:
