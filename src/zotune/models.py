@@ -109,6 +109,11 @@ def _first_rope(config: Any) -> int | None:
     return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
 
 
+def head_width(config: Any) -> int:
+    """Elements of an attention head's queries and keys, by a text model's configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def embeddings(model: Any) -> int:
     """Tokens that the model has embeddings of; their ids count from 0."""
     table = model.get_input_embeddings()

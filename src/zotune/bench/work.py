@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from zotune.models import head_width
 from zotune.rows import Example, Row
 
 _PEAK_SHAPES = {
@@ -50,7 +51,7 @@ def step_flops(model: Any, rows: Sequence[Row], probes: int, *, normalised: bool
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     body = sum(layer.weight.numel() for layer in layers) * sum(row.n_tokens for row in rows)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * width * sum(_pairs(row) for row in rows)
     vocabulary = config.vocab_size
     if not normalised and all(row.single_token for row in rows):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from zotune.errors import ModelError
+from zotune.models import head_width
 from zotune.runtimes.packing import Pack, Spans
 from zotune.runtimes.precision import product_dtype
 
@@ -159,7 +160,7 @@ def takes_spans(model: PreTrainedModel) -> bool:
     if model.device.type != "cuda":
         return False
     config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     return (
         torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()

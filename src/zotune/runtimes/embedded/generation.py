@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from zotune.models import context_length
+from zotune.models import context_length, head_width
 from zotune.rows import Candidate, Row
 from zotune.runtimes.embedded import attention
 from zotune.runtimes.embedded.modules import Shape
@@ -64,7 +64,7 @@ def _cost(model: PreTrainedModel, tokens: int) -> int:
     """Tokens of a forward that a row is worth: its logits, and its keys and values, which every layer keeps."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     activations = ACTIVATIONS * config.hidden_size
     kept = 2 * config.num_hidden_layers * heads * width
     return tokens * max(activations, kept) // activations + config.vocab_size // activations

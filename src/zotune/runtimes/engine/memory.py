@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zotune.errors import ModelError
+from zotune.models import head_width
 
 _CGROUP = Path("/sys/fs/cgroup")
 _CACHED = ("active_file", "inactive_file")
@@ -58,7 +59,7 @@ def cache_bytes(config: Any, itemsize: int, *, block: int, tokens: int, rows: in
         shards: Workers that share the heads.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     page = 2 * block * -(-heads // shards) * width * itemsize
     # A row's last block may be almost empty. One block is vLLM's own; windows that slide hold one that is half out.
     blocks = tokens // block + rows + -(-longest // block) + 2
