@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 from zotune.errors import ConfigError, NonFiniteLossError
@@ -160,4 +161,4 @@ class Optimizer:
 
     def loss(self, losses: Sequence[float]) -> float:
         """The step's loss for people: the mean over its probes."""
-        return math.fsum(losses) / len(losses)
+        return fmean(losses)
