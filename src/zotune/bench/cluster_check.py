@@ -16,6 +16,7 @@ from zotune.bench.steps import Setting, Stepper
 from zotune.bench.turns import TURN
 from zotune.config import ModelConfig, ReplicasConfig, RuntimeConfig
 from zotune.optimizer import Method
+from zotune.runtimes import precision
 from zotune.runtimes.blueprint import Blueprint
 from zotune.runtimes.engine import checkpoint_layout
 from zotune.runtimes.replicas.cluster import Cluster, load_ray, start_local
@@ -107,7 +108,7 @@ class _Side:
     """So many replicas, and how long their steps took."""
 
     def __init__(self, replicas: int, setting: Setting, method: Method, cpus: int, stack: ExitStack) -> None:
-        dtype = str(setting.model.dtype).removeprefix("torch.")
+        dtype = precision.name(setting.model.dtype)
         model = ModelConfig.model_validate({"path": setting.model.name_or_path, "dtype": dtype, "device": "cpu"})
         options = RuntimeConfig(threads=cpus, ray=ReplicasConfig(pin=True))
         self.runtime = RayRuntime(Cluster(options.ray, cpus, shards=1), Blueprint(model, method, 0, options), replicas)

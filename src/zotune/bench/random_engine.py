@@ -16,6 +16,7 @@ from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
 from zotune.errors import ConfigError, EngineError
 from zotune.layout import Layout
 from zotune.optimizer import Method
+from zotune.runtimes import precision
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import handshake, worker_settings
 from zotune.runtimes.engine.lifeline import Lifeline
@@ -65,7 +66,7 @@ def start(network: PreTrainedModel, method: Method, works: Sequence[Work], *, co
             launch.start,
             ModelConfig(path=folder),
             worker_settings.pack(method, layout, 0, options),
-            dtype=str(network.dtype).removeprefix("torch."),
+            dtype=precision.name(network.dtype),
             max_tokens=most,
             max_rows=min(512, most),
             longest=max(handshake.LONGEST, *(work.longest for work in works)),

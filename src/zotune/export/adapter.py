@@ -22,6 +22,7 @@ from zotune.export.changes import collect
 from zotune.export.recipe import Recipe
 from zotune.export.truncation import Truncation
 from zotune.layout import Site
+from zotune.runtimes import precision
 from zotune.runtimes.engine.slots import RANKS
 from zotune.runtimes.sites import find_sites
 
@@ -150,7 +151,7 @@ def write(recipe: Recipe, folder: Path, *, rank: int | None, max_error: float) -
     owned = {_PREFIX + name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(owned, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
-    text = card.render(recipe.facts, "peft", dtype=str(model.dtype).removeprefix("torch."), notes=made.notes)
+    text = card.render(recipe.facts, "peft", dtype=precision.name(model.dtype), notes=made.notes)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return made
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from zotune.errors import ConfigError
 from zotune.export import card
 from zotune.export.recipe import Recipe
+from zotune.runtimes import precision
 
 
 def write(recipe: Recipe, folder: Path, *, shard_size: str) -> None:
@@ -29,5 +30,5 @@ def write(recipe: Recipe, folder: Path, *, shard_size: str) -> None:
     except ValueError as error:
         raise ConfigError(f"cannot write shards of size {shard_size!r}: {error}") from error
     tokenizer.save_pretrained(folder)
-    text = card.render(recipe.facts, "merged", dtype=str(model.dtype).removeprefix("torch."))
+    text = card.render(recipe.facts, "merged", dtype=precision.name(model.dtype))
     (folder / "README.md").write_text(text, encoding="utf-8")

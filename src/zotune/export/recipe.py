@@ -15,6 +15,7 @@ from zotune.journal import Journal, branches
 from zotune.optimizer import Method, Optimizer
 from zotune.paths import StrPath, expand
 from zotune.protocol import Update
+from zotune.runtimes import precision
 from zotune.runtimes.embedded import EmbeddedRuntime, fingerprint
 
 _DTYPES = ("bfloat16", "float32", "float16")
@@ -77,7 +78,7 @@ class Recipe:
         got = {}
         for dtype in ("auto", *_DTYPES) if self.model.dtype == "auto" else (self.model.dtype,):
             model, tokenizer = models.load(self.model.model_copy(update={"dtype": dtype}))
-            got[str(model.dtype).removeprefix("torch.")] = found = fingerprint(model)
+            got[precision.name(model.dtype)] = found = fingerprint(model)
             if found == expected:
                 return model, tokenizer
         raise JournalError(

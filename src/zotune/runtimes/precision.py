@@ -1,4 +1,4 @@
-"""Which number format matrix products run in."""
+"""Number formats: what they are called, and which of them matrix products run in."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ _NATIVE = {
 """Instruction sets, as PyTorch names them, that multiply a format."""
 
 
+def name(dtype: torch.dtype) -> str:
+    """What a dtype is called in configurations and messages: ``float32``, ``bfloat16``, ..."""
+    return str(dtype).removeprefix("torch.")
+
+
 @lru_cache
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The dtype in which products of ``dtype`` operands are fastest on this device.
@@ -25,4 +30,4 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
         return dtype
     # An older PyTorch cannot tell; float32 is then slower at worst, never wrong.
     can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return dtype if any(can.get(name) for name in _NATIVE[dtype]) else torch.float32
+    return dtype if any(can.get(each) for each in _NATIVE[dtype]) else torch.float32

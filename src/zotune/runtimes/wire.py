@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zotune.protocol import DirectionKey, Probe, Update
 from zotune.rows import Candidate, Row
+from zotune.runtimes import precision
 
 Plain = list[Any]
 
@@ -53,7 +54,7 @@ def row(plain: Sequence[Any]) -> Row:
 def pack_tensor(tensor: Tensor) -> Plain:
     """A tensor as ``[dtype, shape, bytes]``."""
     plain = tensor.detach().to("cpu").contiguous()
-    name = str(plain.dtype).removeprefix("torch.")
+    name = precision.name(plain.dtype)
     return [name, list(plain.shape), plain.flatten().view(torch.uint8).numpy().tobytes()]
 
 

@@ -20,7 +20,7 @@ from zotune.layout import Layout
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
-from zotune.runtimes import wire
+from zotune.runtimes import precision, wire
 from zotune.runtimes.embedded import EmbeddedRuntime, twin
 from zotune.runtimes.engine import checkpoint_layout, handshake, launch, shards, slots, worker_settings
 from zotune.runtimes.engine.bank import settled
@@ -123,7 +123,7 @@ class EngineRuntime:
             launch.start,
             config,
             settings,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=precision.name(model.dtype),
             max_tokens=most,
             max_rows=min(512, most),
             longest=max(work.longest, handshake.LONGEST),

@@ -17,7 +17,7 @@ from torch import Tensor
 from zotune.errors import ModelError, reason
 from zotune.optimizer import Method
 from zotune.protocol import Probe
-from zotune.runtimes import wire
+from zotune.runtimes import precision, wire
 from zotune.runtimes.engine import shards, worker_settings
 from zotune.runtimes.engine.bank import Bank
 from zotune.runtimes.engine.batch import Batch, Prepared
@@ -256,7 +256,7 @@ class Tuner:
             sample = self.engine.sample(place, column)[place.part.local][:_SAMPLES]
         # What is missing of a build of vLLM shows when a layer is first used.
         except (AttributeError, NotImplementedError, RuntimeError) as error:
-            dtype = str(self.engine.dtype).removeprefix("torch.")
+            dtype = precision.name(self.engine.dtype)
             raise ModelError(
                 f"the layer of {place.part.site.name!r} cannot run here in {dtype}, for vLLM has no kernel "
                 f"for it on this kind of processor: {reason(error)}. Use another model.dtype, a checkpoint in another "

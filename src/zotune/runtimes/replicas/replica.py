@@ -20,7 +20,7 @@ from torch import Tensor
 from zotune.layout import Layout
 from zotune.rows import Row
 from zotune.run import versions
-from zotune.runtimes import wire
+from zotune.runtimes import precision, wire
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.blueprint import Blueprint
 from zotune.runtimes.replicas.history import update
@@ -68,7 +68,7 @@ class Replica:
         self._runtime = blueprint.build(model)
         traits = {name: version or "none" for name, version in versions().items()}
         traits |= {
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": precision.name(model.dtype),
             "device": _device(blueprint),
             "threads": str(torch.get_num_threads()),
             "model": self._runtime.fingerprint,
@@ -125,7 +125,7 @@ class Replica:
         """Make a copy of the state to be fetched by `piece`: name, dtype, shape and bytes of every tensor."""
         self._leaving = self._live.state()
         return [
-            (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), tensor.nbytes)
+            (name, precision.name(tensor.dtype), list(tensor.shape), tensor.nbytes)
             for name, tensor in self._leaving.items()
         ]
 
