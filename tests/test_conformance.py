@@ -36,7 +36,7 @@ NUMBERS = (
 """The checks that a method, rather than a model or the packing, can break."""
 
 
-WHOLE = (conformance.check_export, conformance.check_generate)
+WHOLE = (conformance.check_export, conformance.check_generate, conformance.check_close)
 """Those that look at the model as a whole."""
 
 

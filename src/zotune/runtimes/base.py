@@ -72,5 +72,5 @@ class Runtime(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the model and of what runs it."""
+        """Let go of the model and of what runs it; once that is done, do nothing."""
         ...

@@ -298,6 +298,16 @@ def check_generate(case: Case) -> None:
     np.testing.assert_array_equal(runtime.score([CLEAN], rows), before)
 
 
+def check_close(case: Case) -> None:
+    """A runtime may be closed twice, and the next one scores as it did."""
+    rows, probes = tiny.rows("mixed", 4, seed=18), case.probes()
+    runtime = case.runtime()
+    scores = runtime.score(probes, rows)
+    runtime.close()
+    runtime.close()
+    np.testing.assert_array_equal(case.runtime().score(probes, rows), scores)
+
+
 def check_sixteen_bits(case: Case) -> None:
     """A bfloat16 model is scored as well as its format allows, before and after updates."""
     model = case.model(torch.bfloat16)
@@ -352,5 +362,6 @@ CHECKS = (
     check_window,
     check_export,
     check_generate,
+    check_close,
 )
 """The checks that hold for every family and every method of `METHODS` but LoRA's export."""

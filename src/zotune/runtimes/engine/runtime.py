@@ -259,8 +259,11 @@ class EngineRuntime:
 
     def close(self) -> None:
         """Shut the engine down and end its processes."""
-        launch.stop(self.llm)
-        self._processes.cut()
+        # A second time would take from this process what another engine needs.
+        if self.llm is not None:
+            launch.stop(self.llm)
+            self._processes.cut()
+        self.llm = None
 
 
 def _floats(data: bytes, probes: int) -> np.ndarray:

@@ -170,6 +170,8 @@ class Cluster:
             self.dismiss(seat)
         if self._ours:
             load_ray().shutdown()
+        # What is there from now on is another's.
+        self._ours = False
 
 
 def first(begun: Sequence[Any], patience: float) -> Any | None:
