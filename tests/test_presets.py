@@ -4,7 +4,7 @@ from zotune import config
 from zotune.config import MethodConfig
 from zotune.errors import ConfigError
 from zotune.optimizer import Method, Optimizer
-from zotune.presets import PRESETS, Preset, get, resolve, too_near
+from zotune.presets import PRESETS, Preset, departures, get, resolve, too_near
 from zotune.run import resolved
 
 METHODS_OF_ISSUE = {"lozo", "lozo-m", "mezo-factorized", "mezo", "mezo-lora"}
@@ -63,6 +63,13 @@ def test_a_configuration_overrides_what_it_sets_and_nothing_else() -> None:
 def test_an_override_without_meaning_for_the_preset_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"momentum = 0\.5 needs low-rank"):
         resolve(MethodConfig(preset="mezo", momentum=0.5))
+
+
+def test_what_is_not_as_the_preset_has_it_is_told() -> None:
+    written = resolved(config.parse({"output": "run", "model": {"path": "m"}, "data": {"task": "sst2"}})).method
+    assert departures(written) == []
+    (told,) = departures(written.model_copy(update={"preset": "lozo-m"}))
+    assert told == "method: not as 'lozo-m' has it: momentum = 0.0 (0.9)"
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:

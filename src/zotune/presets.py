@@ -153,6 +153,30 @@ def resolve(config: MethodConfig) -> Method:
     return replace(get(config.preset).method, **chosen)
 
 
+def refuse_unused(config: MethodConfig) -> None:
+    """Refuse a value that a preset has no use for: two runs that differ in it alone would be the same run.
+
+    Raises:
+        ConfigError: The preset's directions are dense, and a rank or an interval is set that is not its own.
+    """
+    preset = get(config.preset)
+    for name in ("rank", "interval") if preset.method.family == "dense" else ():
+        if getattr(config, name) not in (None, getattr(preset.method, name)):
+            rank = preset.method.lora_rank
+            raise ConfigError(
+                f"method.{name} is of low-rank directions, and those of {preset.name!r} are dense. Leave it out"
+                + (f"; the LoRA matrices have rank {rank}." if rank else ".")
+            )
+
+
+def departures(config: MethodConfig) -> list[str]:
+    """A notice of what is set otherwise than the preset has it; such as all of another preset, in a run's own file."""
+    own = get(config.preset).method
+    values = config.model_dump(exclude={"preset", "lr"}, exclude_none=True)
+    told = [f"{name} = {value} ({getattr(own, name)})" for name, value in values.items() if value != getattr(own, name)]
+    return [f"method: not as {config.preset!r} has it: {', '.join(told)}"] if told else []
+
+
 NEAREST_IN_16_BITS = 1e-3
 """Probe distance below which losses of a model in 16 bits differ by rounding more than by what is probed.
 

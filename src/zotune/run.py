@@ -11,6 +11,7 @@ curves.png       loss and accuracy
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Evaluation, Metrics
 from zotune.journal import Header, Journal
 from zotune.paths import StrPath, expand
-from zotune.presets import resolve
+from zotune.presets import refuse_unused, resolve
 from zotune.watching import metrics
 
 _PACKAGES = ("zotune", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -57,7 +58,7 @@ class RunDirectory:
             ConfigError: It cannot be made.
         """
         run = cls(config.output)
-        run.refuse_existing()
+        run.require_free()
         # What is there under the run's name can always be resumed, whenever the process is killed.
         draft = cls(run.path.with_name(f".{run.path.name}.{os.getpid()}.part"))
         try:
@@ -71,14 +72,23 @@ class RunDirectory:
             raise ConfigError(f"output: cannot make the run directory {run.path}: {error.strerror}") from error
         return run
 
-    def refuse_existing(self) -> None:
-        """Raise `RunExistsError` if something is there already; nothing is touched."""
+    def require_free(self) -> None:
+        """Make sure, before anything that takes time, that the directory is not there and can be made.
+
+        Raises:
+            RunExistsError: Something is there already; it is left as it is.
+            ConfigError: It cannot be made where it is to be.
+        """
         if self.journal.exists():
             raise RunExistsError(
                 f"{self.path} exists. Continue it with 'zotune resume {self.path}', or set another output directory."
             )
         if self.path.exists():
             raise RunExistsError(f"{self.path} exists and is no run. It is left as it is; set another output.")
+        above = next(folder for folder in self.path.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            why = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)
+            raise ConfigError(f"output: cannot make the run directory {self.path}: {why} ({above})")
 
     @classmethod
     def open(cls, path: StrPath) -> tuple[RunDirectory, Config]:
@@ -253,6 +263,7 @@ def resolved(config: Config) -> Config:
     An automatic learning rate stays one: it is chosen when the run begins.
     """
     method = resolve(config.method)
+    refuse_unused(config.method)
     kept = {"preset", "lr"} if config.method.lr == AUTO else {"preset"}
     values = {name: getattr(method, name) for name in MethodConfig.model_fields if name not in kept}
     data = config.data if config.data.task is None else tasks.get(config.data.task).complete(config.data)

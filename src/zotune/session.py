@@ -20,7 +20,7 @@ from zotune.journal import Header, Journal
 from zotune.objectives import Objective, batch_losses, calibrated
 from zotune.optimizer import Optimizer
 from zotune.paths import expand
-from zotune.presets import resolve, too_near
+from zotune.presets import departures, resolve, too_near
 from zotune.protocol import Proposal
 from zotune.rows import Example, checksum
 from zotune.run import RunDirectory
@@ -53,13 +53,13 @@ class Session:
         blueprint = Blueprint(config.model, resolve(config.method), config.train.seed, config.runtime)
         model, tokenizer = blueprint.load()
         data = load_data(config.data, tokenizer, models.context_length(model), models.embeddings(model))
-        near = too_near(blueprint.method, 8 * models.dtype_of(config.model).itemsize)
+        told = *departures(config.method), *too_near(blueprint.method, 8 * models.dtype_of(config.model).itemsize)
         runtime, news = _start(config, blueprint, model, data)
         return cls(
             config,
             Optimizer(blueprint.method, config.train.steps),
             runtime,
-            replace(data, notices=(*data.notices, *left_out(model, runtime.layout), *near)),
+            replace(data, notices=(*data.notices, *left_out(model, runtime.layout), *told)),
             BatchOrder(len(data.train), config.train.batch_size, config.train.seed),
             news,
         )

@@ -67,7 +67,7 @@ def start(config: Config, reporter: Reporter | None = None, callbacks: Sequence[
         CallbackError: A callback failed; every finished step is in the journal.
         ZotuneError: The configuration names something that is not there or does not fit.
     """
-    RunDirectory(config.output).refuse_existing()
+    RunDirectory(config.output).require_free()
     config = resolved(config)
     first = reporter or TerminalReporter(LastingConsole())
     reporter = _together(config, first, callbacks)

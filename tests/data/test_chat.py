@@ -302,6 +302,42 @@ def test_prompt_and_completion_as_turns():
     assert part.examples == (encode(chat("a film ?", "great")),)
 
 
+@pytest.mark.parametrize(("template", "opening"), [(PLAIN, ""), (FORGETFUL, "<think></think>"), (LLAMA, "")])
+def test_an_answer_is_written_on_from_what_the_template_opens_its_turn_with(template, opening):
+    keys = {"prompt": "{text} ?", "completion": "{answer} , it is", "answers": "all", "chat": True}
+    rows = [("row 1", {"text": "a great film", "answer": word, "all": [word]}) for word in ("great", "a <t")]
+    part = form(DataConfig(**keys)).examples(rows, Encoder(TOKENIZERS[template], 4096))
+    for example, (_, row) in zip(part.examples, rows, strict=True):
+        decode = TOKENIZERS[template].decode
+        (candidate,) = example.row.candidates
+        whole = (*example.row.prompt, *candidate.tokens)
+        assert example.prompt == whole[: len(example.prompt)]
+        assert decode(example.row.prompt) + opening == decode(example.prompt).rstrip(" ")
+        assert decode(whole[len(example.prompt) :]).strip().startswith(row["answer"])
+
+
+def test_an_answer_that_was_cut_is_written_on_from_the_prompt():
+    keys = {"prompt": "{text}", "completion": "{answer}", "answers": "answer", "chat": True}
+    rows = [("row 1", {"text": "a film", "answer": "very good " * 40})]
+    (example,) = form(DataConfig(**keys)).examples(rows, Encoder(TOKENIZERS[FORGETFUL], 60)).examples
+    assert example.prompt == example.row.prompt
+
+
+def test_rows_are_the_same_on_every_day():
+    dated = "{% set now = strftime_now('%d %b %Y') %}[{{ now }}]" + PLAIN
+    turns = Conversation.read({"m": chat("a", "b")}, "m", "row 1")
+    (row,) = ChatTemplate.of(tokenizer(dated)).encode([turns], 4096).rows
+    assert TOKENIZERS[PLAIN].decode(row.prompt).startswith("[26 Jul 2024]")
+
+
+@pytest.mark.parametrize("keys", [{"candidates": ["terrible", "great"], "label": "label"}, {"completion": "great"}])
+def test_a_prompt_that_is_cut_keeps_the_first_token_of_the_template(keys):
+    rows = [("row 1", {"text": "a very long film " * 20, "label": 0})]
+    part = form(DataConfig(prompt="{text}", chat=True, **keys)).examples(rows, Encoder(TOKENIZERS[PLAIN], 60))
+    assert part.encoded.cut_prompts == 1
+    assert part.examples[0].row.prompt[0] == TOKENIZERS[PLAIN].bos_token_id
+
+
 @pytest.mark.parametrize("template", [PLAIN, MARKED, FORGETFUL, LLAMA])
 def test_candidates_as_the_beginning_of_the_assistants_turn(template):
     keys = {"prompt": "{text} ?", "candidates": [" terrible", " great"], "label": "label", "chat": True}

@@ -109,6 +109,13 @@ def test_completion():
     problem.check_training(part.examples)
 
 
+def test_an_answer_must_not_begin_where_writing_ends():
+    keys = {"prompt": "{text}\nIt was", "completion": " \n{text}", "answers": "text"}
+    with pytest.raises(DataError, match=r"row 1: it begins with a line break, .* at the end of data\.prompt"):
+        form(DataConfig(**keys)).examples([("row 1", {"text": "great"})], ENCODER)
+    form(DataConfig(**keys | {"answers": None})).examples([("row 1", {"text": "great"})], ENCODER)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

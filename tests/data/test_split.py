@@ -73,6 +73,12 @@ def test_nothing_but_repetitions_leaves_nothing_to_evaluate_on(tmp_path):
         load(config(path), TOKENIZER, 64)
 
 
+def test_rows_that_truncation_made_alike_are_told_as_that(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": f"film {i} was a film", "label": i % 2} for i in range(20)])
+    with pytest.raises(DataError, match=r"training rows too once \d+ prompts were cut to 6 tokens\. Give other rows"):
+        load(config(path, max_length=6), TOKENIZER, 64)
+
+
 def test_one_prompt_with_two_labels_is_told_with_both_rows(tmp_path):
     lines = [{"text": f"film {i}", "label": i % 2} for i in range(8)]
     path = write(tmp_path / "rows.jsonl", [*lines, {"text": "film 3", "label": 0}])

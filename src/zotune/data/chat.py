@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 _ANSWER = "the-answer-goes-here"
 """Stands for a candidate to find its place: a candidate itself may also be a part of the template's own text."""
+
+_TODAY = datetime(2024, 7, 26)
+"""What templates that write the date are told: with the true one, rows would differ from one day to the next, and a run
+would find other data than it began with. Llama's own templates fall back on this day."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,31 @@ class ChatTemplate:
             cut_prompts += fitted is not row
             cut_completions += len(indices) < len(scored)
         return Encoded(tuple(rows), cut_prompts, cut_completions)
+
+    def begun(self, encoded: Encoded, answers: Sequence[str]) -> Encoded:
+        """The same with the tokens that each answer is written on from: all before the first with text of it.
+
+        A template may open an assistant's turn with more than it shows to a model that is to answer, such as an empty
+        thought. It would be written first, and be taken for the answer.
+
+        Args:
+            encoded: Rows in whose one candidate the answer stands.
+            answers: What is to be written, row by row.
+        """
+        alone = {}
+        for number, (row, answer) in enumerate(zip(encoded.rows, answers, strict=True)):
+            opening = self._opening(row.candidates[0].tokens, answer.strip())
+            if opening:
+                alone[number] = row.prompt + opening
+        return replace(encoded, alone=alone)
+
+    def _opening(self, tokens: Tokens, answer: str) -> Tokens:
+        """The tokens before the first one of the answer's text; none where it was cut."""
+
+        def without(start: int) -> bool:
+            return answer not in self.tokenizer.decode(list(tokens[start:]), skip_special_tokens=True)
+
+        return tokens[: max(0, bisect_left(range(len(tokens)), True, key=without) - 1)]
 
     def wrap(self, text: Text) -> Text:
         """The text with its prompt as the user's turn and its candidates as what the assistant's turn begins with.
@@ -196,7 +227,9 @@ class ChatTemplate:
     def _apply(self, conversation: Conversation, turns: Sequence[Turn], **options: Any) -> Any:
         """What the tokenizer makes of these turns of the conversation."""
         try:
-            return self.tokenizer.apply_chat_template(list(turns), tools=conversation.tools, **options)
+            return self.tokenizer.apply_chat_template(
+                list(turns), tools=conversation.tools, strftime_now=_TODAY.strftime, **options
+            )
         # Templates are programs of their own: they raise what Jinja and they themselves like.
         except Exception as error:
             raise DataError(

@@ -129,18 +129,20 @@ def _held_out(
     known = {report.identity(example) for example in train}
     drop = apart and parts.one_source
     rows: list[Numbered] = []
-    shared, at = 0, 0
+    shared, at, cuts = 0, 0, 0
     while True:
         more = parts.held_out[at : at + parts.wanted - len(rows)].rows()
         rows, at = rows + more, at + len(more)
         if not rows:
+            cut = f" once {cuts} prompts were cut to {encoder.max_length} tokens" if cuts else ""
             raise DataError(
-                f"all {shared} rows that could be held out for validation are training rows too. Give other rows in "
-                "data.validation."
+                f"all {shared} rows that could be held out for validation are training rows too{cut}. Give other rows "
+                "in data.validation."
             )
         found = problem.examples(rows, encoder)
         same = [report.identity(example) in known for example in found.examples]
         shared += sum(same)
+        cuts += found.encoded.cut_prompts
         if not (drop and any(same)):
             break
         rows = [row for row, repeated in zip(rows, same, strict=True) if not repeated]

@@ -81,7 +81,9 @@ class Encoder:
         for text, (body, fulls) in zip(texts, branches, strict=True):
             _require_distinct(text, fulls)
             row = _branch(text, head, body, fulls)
-            fitted = fit(text.where, row, len(head), self.max_length)
+            # A chat's text begins with the token that is put before other texts.
+            first = len(head) or int(row.prompt[0] == self.tokenizer.bos_token_id)
+            fitted = fit(text.where, row, first, self.max_length)
             rows.append(fitted)
             cut += fitted is not row
         return Encoded(tuple(rows), cut_prompts=cut)

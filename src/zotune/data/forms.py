@@ -145,17 +145,30 @@ class Completion(_Learnt):
         """Encode rows.
 
         Raises:
-            DataError: A field is missing, or a row cannot be encoded.
+            DataError: A field is missing, a row cannot be encoded, or its answer could not be written.
         """
         filled = [(self.prompt.render(row, where), self.completion.render(row, where), where) for where, row in rows]
         if self.chat:
             chats = [Conversation(turns_of(prompt, text), where) for prompt, text, where in filled]
-            encoded = ChatTemplate.of(encoder.tokenizer).encode(chats, encoder.max_length)
+            template = ChatTemplate.of(encoder.tokenizer)
+            encoded = template.encode(chats, encoder.max_length)
+            if self.answers is not None:
+                encoded = template.begun(encoded, [text for _, text, _ in filled])
         else:
+            self._require_a_line(filled)
             # A line break that the template itself ends in is the end, as in MeZO's tasks of generation.
             eos = not self.completion.text.endswith("\n")
             encoded = encoder.completions([Text(prompt, (text,), where) for prompt, text, where in filled], eos=eos)
         return _completed(encoded, [self._answers(row, where) for where, row in rows])
+
+    def _require_a_line(self, filled: Sequence[tuple[str, str, str]]) -> None:
+        """Refuse an answer to be written that begins with a line break, where writing ends."""
+        for _, text, where in filled:
+            if self.answers is not None and text.lstrip(" ").startswith("\n"):
+                raise DataError(
+                    f"data.completion: {where}: it begins with a line break, where the writing of an answer ends, so "
+                    "that none could be right. Put the line break at the end of data.prompt."
+                )
 
     def _answers(self, row: Record, where: str) -> tuple[str, ...]:
         return () if self.answers is None else texts(row, self.answers, where, "data.answers")
