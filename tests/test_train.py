@@ -197,11 +197,23 @@ def test_a_step_is_in_the_journal_before_it_is_applied(
     assert_same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("preset", ["lozo-m", "mezo"])
-def test_a_run_that_diverges_ends_and_stays_valid(configure: Configure, tmp_path: Path, preset: str) -> None:
+def test_probes_too_near_to_differ_are_told_as_that(configure: Configure) -> None:
+    chosen = configure(method={"preset": "fzoo", "eps": 1e-12, "lr": 1e-4}, train={"max_skipped": 3})
+    with pytest.raises(
+        DivergedError,
+        match=r"3 steps in a row had no estimate.*all the same, or too far apart\. Set another method\.eps",
+    ):
+        zotune.start(chosen, Recorder())
+
+
+@pytest.mark.parametrize(("preset", "directions"), [("lozo-m", 1), ("mezo", 1), ("mezo", 3)])
+def test_a_run_that_diverges_ends_and_stays_valid(
+    configure: Configure, tmp_path: Path, preset: str, directions: int
+) -> None:
     seen = Recorder()
     chosen = configure(
-        method={"preset": preset, "lr": 1e38}, train={"max_skipped": 5, "checkpoint_every": 1, "keep_checkpoints": 9}
+        method={"preset": preset, "lr": 1e38, "directions": directions},
+        train={"max_skipped": 5, "checkpoint_every": 1, "keep_checkpoints": 9},
     )
     with pytest.raises(DivergedError, match=r"not finite in 5 steps in a row.*Lower method\.lr"):
         zotune.start(chosen, seen)
@@ -212,7 +224,7 @@ def test_a_run_that_diverges_ends_and_stays_valid(configure: Configure, tmp_path
     assert 5 < len(entries) < 30
     assert all(not math.isfinite(loss) for entry in skipped for loss in entry.losses)
     record = json.loads((run / "journal.jsonl").read_text().splitlines()[-1])
-    assert (record["losses"], record["coefficients"]) == ([None, None], [])
+    assert (record["losses"], record["coefficients"]) == ([None, None] * directions, [])
 
     assert [record["step"] for record in seen.steps if record["loss"] is None] == [entry.step + 1 for entry in skipped]
     assert all(record["skipped"] == (record["loss"] is None) == (not record["coefficients"]) for record in seen.steps)

@@ -81,22 +81,35 @@ def newest(
     upto: int | None = None,
     identity: Identity = lambda step: None,
     notice: Callable[[str], None] = lambda text: None,
+    bank: int = 0,
 ) -> tuple[int, int, dict[str, Tensor]] | None:
-    """Step, window and state of the newest sound checkpoint; None if there is none.
+    """Step, window and state of the newest sound checkpoint that fits; None if there is none.
 
     Args:
         folder: Where checkpoints are.
         upto: Leave out those of later steps.
         identity: Of the run's steps; without it, checkpoints of any run count.
-        notice: Told of each that is damaged or of another run, in one line.
+        notice: Told of each that is damaged, of another run or of another bank, in one line.
+        bank: Columns of the update bank of whose state it is to be (`zotune.config.RuntimeConfig.bank`).
     """
     for path in _newest_first(folder):
         about = _verified(path)
         if (wrong := _fault(about, identity)) is not None:
             notice(f"the checkpoint {path} is {wrong} and not used; an older one or the journal makes up for it")
         elif about is not None and (upto is None or about["step"] <= upto):
-            return about["step"], about["window"], load_file(path / _TENSORS)
+            state = load_file(path / _TENSORS)
+            if (banked := _bank(state)) == bank:
+                return about["step"], about["window"], state
+            notice(
+                f"the checkpoint {path} is of runtime.vllm.bank_rank = {banked}, not {bank}, and not used; the journal "
+                "makes up for it"
+            )
     return None
+
+
+def _bank(state: Mapping[str, Tensor]) -> int:
+    """Columns of the update bank that a state has beside its weights; 0 without one."""
+    return max((tensor.shape[1] for name, tensor in state.items() if name.startswith("bank/v/")), default=0)
 
 
 def sound(folder: Path, step: int, identity: Identity = lambda step: None) -> bool:

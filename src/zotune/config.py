@@ -224,6 +224,16 @@ class RuntimeConfig(Section):
     max_tokens: int = Field(default=16384, ge=16, description="tokens per forward; larger batches are cut")
     threads: int | None = Field(default=None, ge=1, le=512, description="CPU threads; default: PyTorch's")
 
+    @property
+    def inner(self) -> str:
+        """What holds the model: the runtime itself, or each of the replicas."""
+        return self.ray.inner if self.type == "ray" else self.type
+
+    @property
+    def bank(self) -> int:
+        """Columns of the update bank that states of this runtime have beside the weights; 0 without one."""
+        return self.vllm.bank_rank if self.inner == "vllm" else 0
+
 
 class TrackConfig(Section):
     """Who else is told how a run goes."""

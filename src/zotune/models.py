@@ -54,6 +54,11 @@ def load_config(config: ModelConfig) -> Any:
     return _load(config, AutoConfig)
 
 
+def is_quantised(config: ModelConfig) -> bool:
+    """Whether the checkpoint's weights are quantised; same errors as `load`."""
+    return getattr(load_config(config), "quantization_config", None) is not None
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer alone; same errors as `load`."""
     from transformers import AutoTokenizer

@@ -121,7 +121,7 @@ def _start(config: Config, blueprint: Blueprint, model: Any, data: Dataset) -> t
     """The configured runtime, and where it tells what happens to it."""
     options = config.runtime
     # What runs without vLLM or Ray must not need them.
-    if "vllm" in (options.type, options.ray.inner if options.type == "ray" else None):
+    if options.inner == "vllm":
         from zotune.runtimes.engine.runtime import Work
 
         blueprint = replace(blueprint, work=Work.of(data, config.train.batch_size, blueprint.method))
@@ -142,7 +142,7 @@ def restore(
         run: Where checkpoints and journal are.
         config: What the run was configured to do.
         step: At most the steps of the journal; default: all of them.
-        notice: Told which checkpoints are damaged or of another run; the journal makes up for them.
+        notice: Told which checkpoints are damaged, of another run or of another bank; the journal makes up for them.
 
     Raises:
         JournalError: See `zotune.train.resume`.
@@ -153,7 +153,9 @@ def restore(
         journal.require(session.header())
         stop = len(journal.entries) if step is None else step
         done = 0
-        saved = checkpoint.newest(run.checkpoints, upto=stop, identity=journal.identity, notice=notice)
+        saved = checkpoint.newest(
+            run.checkpoints, upto=stop, identity=journal.identity, notice=notice, bank=config.runtime.bank
+        )
         if saved is not None:
             done, window, state = saved
             session.runtime.load_state(state, window)

@@ -41,6 +41,6 @@ def stop_if_stalled(evaluations: Mapping[int, Metrics], patience: int | None, mi
 
 
 def has_diverged(entries: Sequence[Entry], allowed: int) -> bool:
-    """Whether the last ``allowed`` steps had no estimate, because a loss was not finite."""
+    """Whether the last ``allowed`` steps had no estimate, because a loss was not finite or all were the same."""
     recent = entries[-allowed:]
     return len(recent) == allowed and not any(entry.coefficients for entry in recent)

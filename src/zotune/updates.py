@@ -67,6 +67,8 @@ class Momentum:
 
 Rule = Sgd | Momentum
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def combine(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
     """``sum_i c_i U_i`` over flat factors, added in the order given; overwrites the first."""
@@ -75,3 +77,8 @@ def combine(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
     for factors, coefficient in rest:
         total.add_(factors, alpha=coefficient)
     return total
+
+
+def in_float32(value: float) -> float:
+    """The nearest number that operations on float32 take; what is beyond has diverged, and the loss is to tell."""
+    return min(max(value, -_LARGEST), _LARGEST)

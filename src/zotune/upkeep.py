@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -127,11 +128,18 @@ class Upkeep:
 
     def _stop_if_diverged(self) -> None:
         allowed = self._train.max_skipped
-        if stopping.has_diverged(self._journal.entries, allowed):
+        entries = self._journal.entries
+        if not stopping.has_diverged(entries, allowed):
+            return
+        if all(map(math.isfinite, entries[-1].losses)):
             raise DivergedError(
-                f"the loss was not finite in {allowed} steps in a row, up to step {len(self._journal.entries)}. "
-                "Lower method.lr or method.eps, or set model.dtype = 'float32'."
+                f"{allowed} steps in a row had no estimate, up to step {len(entries)}: the losses of their probes are "
+                "all the same, or too far apart. Set another method.eps, or model.dtype = 'float32'."
             )
+        raise DivergedError(
+            f"the loss was not finite in {allowed} steps in a row, up to step {len(entries)}. "
+            "Lower method.lr or method.eps, or set model.dtype = 'float32'."
+        )
 
 
 def of_other_rows(session: Session, run: RunDirectory, done: int) -> list[str]:

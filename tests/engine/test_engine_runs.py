@@ -84,6 +84,23 @@ def test_either_runtime_replays_the_other_ones_journal(run_on: Callable[..., Con
         assert [name for name in saved if not torch.equal(saved[name], replayed[name])] == []
 
 
+def test_without_its_bank_a_run_is_what_its_journal_says(run_on: Callable[..., Config], tmp_path: Path) -> None:
+    banked = run_on("vllm", "run", vllm={"bank_rank": 8})
+    zotune.start(banked, Recorder())
+    run, told = RunDirectory(Path(banked.output)), []
+    wider, none = (run_on("vllm", "run", vllm={"bank_rank": 16}), run_on("torch", "run"))
+    for other in (none, wider, banked):
+        session, _ = restore(run, other, notice=told.append)
+        assert np.isfinite(session.evaluate().metrics.loss)
+        session.close()
+    assert ["bank_rank = 8, not" in each for each in told] == [True] * 4, "two checkpoints, each no use to two"
+    zotune.export_run(run.path, tmp_path / "merged")
+    zotune.export_run(run.path, tmp_path / "journal", "journal")
+    zotune.apply_journal(banked.model.path, tmp_path / "journal", tmp_path / "applied")
+    merged, applied = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "applied"))
+    assert merged == applied
+
+
 def test_an_interrupted_run_goes_on_to_the_same_bits(run_on: Callable[..., Config]) -> None:
     whole, parts = run_on("vllm", "whole"), run_on("vllm", "parts")
     zotune.start(whole, Recorder())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,14 @@ import torch
 pytest.importorskip("vllm")
 
 import quantised
+from safetensors.torch import load_file
+from tiny_runs import Recorder, configure
 
+import zotune
 from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
 from zotune.errors import ModelError
-from zotune.optimizer import Method
+from zotune.journal import Journal
+from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import checkpoint_layout
@@ -163,6 +168,41 @@ def test_a_full_bank_is_cut_within_its_stated_error(tmp_path: Path) -> None:
 def _whole(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     b = state[f"bank/b/{name}"]
     return b @ state[f"bank/v/{name}"].T if b.dim() == 2 else b
+
+
+@pytest.mark.usefixtures("float32_kernels")
+def test_what_a_quantised_base_learnt_leaves_as_an_adapter(
+    tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Path, Path]
+) -> None:
+    base = tmp_path / "base"
+    _, exact = quantised.quantise(quantised.model(torch.float32), FP8, base)
+    for each in tiny_model_folder.glob("token*"):
+        shutil.copy(each, base)
+    ran = configure(
+        tmp_path,
+        base,
+        sentiment_files,
+        method={"scope": "linear", "lr": 1e-2, "interval": 2},
+        train={"steps": 6},
+        runtime={"type": "vllm", "threads": None, "vllm": {"bank_rank": 16}},
+    )
+    zotune.start(ran, Recorder())
+    with pytest.raises(ModelError, match=r"is quantised.*as an adapter \(--format peft\)"):
+        zotune.export_run(ran.output, tmp_path / "merged", "merged")
+    assert not (tmp_path / "merged").exists()
+    exported = zotune.export_run(ran.output, tmp_path / "peft", "peft")
+    assert exported.rank == 8, "three windows of rank 2, filled up"
+    adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    journal = Journal.open(Path(ran.output) / "journal.jsonl")
+    runtime = EmbeddedRuntime(exact, Method(**journal.header.method), seed=journal.header.seed, fold="master")
+    before = {name: tensor.clone() for name, tensor in runtime.tuned().items()}
+    for entry in journal.entries:
+        runtime.apply(Optimizer(runtime.method, 6).update(entry.step, entry.coefficients, entry.lr))
+    for name, tensor in runtime.tuned().items():
+        if (a := adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight")) is not None:
+            b = adapter[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"]
+            torch.testing.assert_close(b @ a, tensor - before[name], rtol=1e-3, atol=1e-6)
+            assert (b @ a).abs().max() > 1e-4
 
 
 def test_without_a_bank_a_quantised_layer_is_refused_by_name(tmp_path: Path) -> None:

@@ -164,6 +164,30 @@ def test_a_branch_can_be_gone_back_to(run: Path, trained: Path) -> None:
     assert {3, 6, 9, 12} <= {*audit.verify(run).checkpoints}
 
 
+def test_a_branch_whose_steps_the_run_took_again_can_be_gone_back_to(run: Path, trained: Path) -> None:
+    kept = zotune.rollback(run, 5)
+    zotune.resume(run, Recorder())
+    before = contents(run)
+    branches.switch(run, kept.name)
+    assert_same(restored(run), saved(trained))
+    assert audit.verify(run).sound
+    assert {name for name in contents(run) if name.startswith("checkpoints")} == {
+        name for name in before if name.startswith("checkpoints")
+    }
+
+
+def test_a_branch_in_which_another_process_trains_stays_its_own(run: Path) -> None:
+    kept = zotune.rollback(run, 5)
+    opened = journal.Journal.open(kept.path / "journal.jsonl")
+    opened.claim()
+    before = contents(run)
+    with pytest.raises(JournalError, match=r"another process is training in .*branch-1"):
+        branches.switch(run, kept.name)
+    assert contents(run) == before
+    opened.close()
+    branches.switch(run, kept.name)
+
+
 def test_what_a_user_put_into_a_branch_stays(run: Path) -> None:
     kept = zotune.rollback(run, 7)
     (kept.path / "notes.txt").write_text("mine")

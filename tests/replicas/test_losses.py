@@ -152,12 +152,31 @@ def test_a_silent_replica_is_taken_for_dead(configure: Configure) -> None:
 
 
 @pytest.mark.usefixtures("warm")
+def test_a_silent_replica_keeps_nobody_from_a_state(configure: Configure) -> None:
+    with a_run(configure, replicas=2, patience=4) as run:
+        run.take(2)
+        expected = run.runtime.state()
+        for move in (run.runtime.state, lambda: run.runtime.load_state(expected, 0)):
+            run.wait_for(2)
+            number = min(run.runtime.team.members)
+            stopped = run.pid(number)
+            os.kill(stopped, signal.SIGSTOP)
+            try:
+                move()
+            finally:
+                os.kill(stopped, signal.SIGKILL)
+            assert any(f"replica {number} " in text and "gave no answer for 4 s" in text for text in run.runtime.news())
+        found = run.runtime.state()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("warm")
 def test_a_replica_that_went_astray_is_named_and_replaced(configure: Configure) -> None:
     """One of three has an element of its state changed, as a bad memory cell would."""
     with a_run(configure, replicas=3, check_every=4) as run:
         run.take(3)
         member = run.runtime.team.members[1]
-        state = member.fetch()
+        state = member.fetch(60)
         name = next(name for name in state if name.startswith("weight/"))
         state[name].flatten()[0] += 1e-3
         for key, tensor in state.items():

@@ -63,7 +63,8 @@ class Adapter:
             )
         if self.served and self.stored <= LARGEST:
             padded = f" It is padded with zeros to rank {self.stored}." if self.stored > self.rank else ""
-            return exact, f"vLLM loads it with --max-lora-rank {_stored(self.stored)}.{padded}"
+            option = f"--max-lora-rank {_stored(self.stored)}"
+            return exact, f"vLLM, where it has LoRA for this architecture, loads it with {option}.{padded}"
         why = f"its rank is above {LARGEST}" if self.served else "it tunes more than the weights of linear layers"
         return exact, f"vLLM's LoRA loader does not take it, because {why}; the format merged is the way there."
 
@@ -175,7 +176,10 @@ def _from_change(recipe: Recipe, model: Any, rank: int | None, max_error: float)
     method = recipe.method
     weights = find_sites(model, method.scope)
     places = Places.of(model, weights)
-    truncation = Truncation(rank or LARGEST, max_error, full=method.family == "dense" or method.weight_decay > 0)
+    full = method.family == "dense" or method.weight_decay > 0
+    if full or not places.served:
+        recipe.require_plain(model)
+    truncation = Truncation(rank or LARGEST, max_error, full=full)
     changes = collect(weights, method, recipe.journal.header.seed, recipe.updates())
     kept = {site: truncation.cut(site, changes.pop(site).decompose(weights[site])) for site in places.matrices}
     stored = _stored(truncation.rank) if places.served else truncation.rank

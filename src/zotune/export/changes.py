@@ -161,7 +161,8 @@ def collect(weights: Mapping[Site, Tensor], method: Method, seed: int, updates: 
         seed: The run's seed.
         updates: All of them, in order.
     """
-    device = next(iter(weights.values())).device
+    # Quantised weights are not there.
+    device = next((weight.device for weight in weights.values() if not weight.is_meta), torch.device("cpu"))
     kind = LowRankSpace if method.family == "low-rank" else DenseSpace
     space = kind(tuple(weights), method, seed, device)
     collector = Collector(space)

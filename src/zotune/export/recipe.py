@@ -9,7 +9,7 @@ from typing import Any
 
 from zotune import checkpoint, models
 from zotune.config import ModelConfig
-from zotune.errors import JournalError
+from zotune.errors import JournalError, ModelError
 from zotune.export.card import Facts
 from zotune.journal import Journal, branches
 from zotune.optimizer import Method, Optimizer
@@ -17,6 +17,7 @@ from zotune.paths import StrPath, expand
 from zotune.protocol import Update
 from zotune.runtimes import precision
 from zotune.runtimes.embedded import EmbeddedRuntime, fingerprint
+from zotune.runtimes.engine import checkpoint_layout
 
 _DTYPES = ("bfloat16", "float32", "float16")
 
@@ -68,6 +69,7 @@ class Recipe:
     def load_base(self) -> tuple[Any, Any]:
         """The base model and its tokenizer, known to be those of the journal by the weights' fingerprint.
 
+        Of a quantised one it is what `zotune.runtimes.engine.checkpoint_layout.load` gives: without quantised weights.
         ``dtype = "auto"`` depends on the machine; the one that the run had is found by trying.
 
         Raises:
@@ -75,6 +77,10 @@ class Recipe:
             JournalError: It is another model, or has another dtype.
         """
         expected = self.journal.header.model
+        if models.is_quantised(self.model):
+            model, tokenizer = checkpoint_layout.load(self.model)
+            if checkpoint_layout.fingerprint(self.model, model) == expected:
+                return model, tokenizer
         got = {}
         for dtype in ("auto", *_DTYPES) if self.model.dtype == "auto" else (self.model.dtype,):
             model, tokenizer = models.load(self.model.model_copy(update={"dtype": dtype}))
@@ -87,13 +93,23 @@ class Recipe:
             f"{expected[:16]}. Give the model that the run began with ({self.facts.base})."
         )
 
+    def require_plain(self, model: Any) -> None:
+        """Refuse a base model whose weights cannot be written to, with a `ModelError`."""
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError(
+                f"{self.model.path} is quantised, so what was learnt cannot be written into its weights. What was "
+                "learnt in scope 'linear' without weight decay can be exported as an adapter (--format peft)."
+            )
+
     def begin(self, model: Any) -> EmbeddedRuntime:
         """A runtime on the base model, before the first step.
 
         Raises:
             JournalError: The model's sites are not those of the journal.
+            ModelError: It is quantised.
         """
         header = self.journal.header
+        self.require_plain(model)
         runtime = EmbeddedRuntime(model, self.method, seed=header.seed, fold=header.fold)
         if (found := runtime.layout.fingerprint) != header.layout:
             raise JournalError(

@@ -109,16 +109,19 @@ def switch(path: StrPath, name: str) -> Branch:
 
     Raises:
         ConfigError: There is no such branch.
-        JournalError: The journal of the run or of the branch is damaged, or see `rollback`.
+        JournalError: The journal of the run or of the branch is damaged, another process trains in the branch, or see
+            `rollback`.
     """
     with _opened(path) as run:
         names = [folder.name for folder in _folders(run)]
         if name not in names:
             raise ConfigError(unknown("branch", name, names) if names else f"{path} has no branches")
         other = RunDirectory(run.path / _BRANCHES / name)
-        common = shared(read(run.journal), read(other.journal))
-        files = {each.name: each.read_bytes() for each in _files(other)}
-        return _put(run, "branch", files, common, joins=other)
+        # A branch is a run, so another process may train in it.
+        with locked(other.journal):
+            common = shared(read(run.journal), read(other.journal))
+            files = {each.name: each.read_bytes() for each in _files(other)}
+            return _put(run, "branch", files, common, joins=other)
 
 
 def branches(path: StrPath) -> list[Branch]:
@@ -227,6 +230,8 @@ def _move(run: RunDirectory, plan: Path) -> None:
         run.checkpoints.mkdir(exist_ok=True)
         for name in what["join"]:
             if (joining.checkpoints / name).exists():
+                # Where the run came to a step again, both have its state.
+                shutil.rmtree(run.checkpoints / name, ignore_errors=True)
                 os.replace(joining.checkpoints / name, run.checkpoints / name)
         for each in _files(joining):
             each.unlink()

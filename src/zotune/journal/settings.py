@@ -38,8 +38,8 @@ def configured(header: Header, config: Config) -> Header:
 def changed(file: Path, header: Header, step: int, overrides: Sequence[str]) -> tuple[Config, Change | None]:
     """A run's configuration from ``step`` on, and what its journal must say of that.
 
-    `zotune.journal.records.CHANGEABLE` may change, and so may all that concerns no update: when to evaluate, save and
-    stop.
+    `zotune.journal.records.CHANGEABLE` may change, and so may all that changes no update: when to evaluate, save and
+    stop, who is told, and what computes.
 
     Args:
         file: The configuration, which may be that of a later step.
@@ -83,4 +83,5 @@ def _assignments(header: Header) -> list[str]:
 
 def _what_may_change() -> str:
     names = ", ".join(_KEYS.get(name, name) for name in CHANGEABLE)
-    return f"These may change: {names}, and when [train] evaluates, saves and stops early."
+    rest = "when [train] evaluates, saves and stops early; [track]; and [runtime] but for fold"
+    return f"These may change: {names}; {rest}."

@@ -7,6 +7,7 @@ import pytest
 
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN, DirectionKey, Probe
+from zotune.rows import Candidate, Row
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.sites import decoder_layers
 from zotune.testing import tiny
@@ -31,6 +32,15 @@ def tokens_seen(runtime: EmbeddedRuntime, window: int = 0) -> list[int]:
     for hook in hooks:
         hook.remove()
     return [count // runtime.model.config.hidden_size for count in seen]
+
+
+def test_forwards_are_of_few_numbers_of_probes_however_long_rows_are() -> None:
+    runtime = EmbeddedRuntime(tiny.model("llama"), Method(), max_tokens=64)
+    probes = [CLEAN, *(Probe(DirectionKey(0, 0, index), 1, 0.1) for index in range(16))]
+    for length in range(2, 60):
+        runtime.score(probes, [Row(tuple(range(4, 4 + length)), (Candidate((5,), (0,)),))], normalised=False)
+    # 17 and its halves, and what these leave of 17: for each, what blocks see is kept in memory.
+    assert {blocks for blocks, _ in runtime.space._stages} <= {17, 9, 8, 5, 3, 2, 1}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])

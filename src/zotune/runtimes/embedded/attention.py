@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,7 +32,10 @@ _SHORT = 64
 
 
 class _Places:
-    """Where tokens lie in activations flattened to ``(blocks * T * heads, width)``; worked out once per forward."""
+    """Where tokens lie in activations flattened to ``(blocks * T * heads, width)``, and where they look.
+
+    It is worked out once per forward, and kept no longer: masks of long rows are large.
+    """
 
     def __init__(self, pack: Pack) -> None:
         self.pack = pack
@@ -76,6 +78,23 @@ class _Places:
         key = (id(seen), blocks)
         if key not in self._found:
             self._found[key] = (self._numbers(blocks).view(-1, 1) * len(self.pack.tokens) + seen).flatten()
+        return self._found[key]
+
+    def mask(self, length: int, total: int, window: int | None) -> Tensor:
+        """True where a query, one of the last ``length`` of ``total`` tokens, may look; bool ``(length, total)``."""
+        key = ("mask", length, total, window)
+        if key not in self._found:
+            seen = self._numbers(total)
+            at = seen[total - length :].unsqueeze(1)
+            mask = seen <= at
+            self._found[key] = mask if window is None else mask & (seen > at - window)
+        return self._found[key]
+
+    def hidden(self, length: int, total: int, window: int | None) -> Tensor:
+        """The same as `additive` has it."""
+        key = ("hidden", length, total, window)
+        if key not in self._found:
+            self._found[key] = additive(self.mask(length, total, window))
         return self._found[key]
 
     def _numbers(self, count: int) -> Tensor:
@@ -142,7 +161,8 @@ def packed_attention(
         _by_group(v, places, "keys", blocks, key_heads),
         strict=True,
     )
-    results = [_attend(qkv, scaling, sliding_window, softcap).to(value.dtype).reshape(-1, v.shape[1]) for qkv in rows]
+    attended = (_attend(places, qkv, scaling, sliding_window, softcap) for qkv in rows)
+    results = [each.to(value.dtype).reshape(-1, v.shape[1]) for each in attended]
     out = (torch.cat(results) if len(results) > 1 else results[0]).index_select(0, places.restored(blocks, heads))
     return out.view(1, -1, heads, v.shape[1]), None
 
@@ -200,18 +220,20 @@ def _kernel(*tensors: Any, **options: Any) -> Tensor:
     return attended
 
 
-def _attend(qkv: tuple[Tensor, ...], scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
+def _attend(
+    places: _Places, qkv: tuple[Tensor, ...], scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
     """Causal attention ``(rows, heads, length, width)``; queries are the last tokens of the keys."""
     q, k, v = qkv
     length, total = q.shape[2], k.shape[2]
     if window is not None and window >= total:
         window = None
     if softcap is not None or _is_short(total, q.device):
-        return explicit(q, k, v, _hidden(length, total, window, q.device), scaling, softcap)
+        return explicit(q, k, v, places.hidden(length, total, window), scaling, softcap)
     grouped = q.shape[1] != k.shape[1]
     if window is None and length == total:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-    mask = _mask(length, total, window, q.device) if length > 1 or window is not None else None
+    mask = places.mask(length, total, window) if length > 1 or window is not None else None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
@@ -249,23 +271,9 @@ def explicit(
     return attended.view(rows, heads, length, -1).to(v.dtype)
 
 
-@lru_cache(maxsize=256)
-def _mask(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query, one of the last ``length`` of ``total`` tokens, may look; bool ``(length, total)``."""
-    at = torch.arange(total - length, total, device=device).unsqueeze(1)
-    seen = torch.arange(total, device=device)
-    mask = seen <= at
-    return mask if window is None else mask & (seen > at - window)
-
-
 def additive(mask: Tensor) -> Tensor:
     """What a mask of where queries look adds to their scores, float32: 0 there, and minus infinity elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-
-
-@lru_cache(maxsize=256)
-def _hidden(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
-    return additive(_mask(length, total, window, device))
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:

@@ -134,7 +134,11 @@ class EmbeddedRuntime:
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
         """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
         costs = [self._cost(row, normalised) for row in rows]
-        together = grouped(probes, self.max_tokens // max(costs), self._directions)
+        most = len(probes)
+        while most > 1 and most * max(costs) > self.max_tokens:
+            # By halves, because what blocks see is kept for every number of them that there was.
+            most = -(-most // 2)
+        together = grouped(probes, most, self._directions)
         return np.concatenate([self._score_blocks(part, rows, costs, normalised) for part in together])
 
     def _score_blocks(

@@ -27,7 +27,7 @@ _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 def load(config: ModelConfig) -> tuple[Any, Any]:
     """As `zotune.models.load` for who only reads the model, and a quantised checkpoint as its `skeleton`."""
-    if getattr(models.load_config(config), "quantization_config", None) is None:
+    if not models.is_quantised(config):
         return models.load(config, mapped=True)
     return skeleton(config), models.load_tokenizer(config)
 

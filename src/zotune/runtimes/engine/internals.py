@@ -98,8 +98,13 @@ class Engine:
         """Where each site is.
 
         Raises:
-            ModelError: The model stores a site in a way that is not known.
+            ModelError: The model stores a site in a way that is not known, or is not vLLM's own.
         """
+        if ".models.transformers" in type(self.model).__module__:
+            raise ModelError(
+                "vLLM has no implementation of its own of this model: it would run transformers' code, which zotune "
+                "does not tune in there. Set runtime.type = 'torch', which does."
+            )
         modules = {path: _without_adapters(module) for path, module in self.model.named_modules()}
         fused = getattr(self.model, "packed_modules_mapping", None) or {}
         places = [_place(modules, fused, site) for site in sites]

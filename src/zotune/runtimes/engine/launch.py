@@ -137,10 +137,13 @@ def _load(path: str, arguments: dict[str, Any], processes: dict[str, str]) -> An
             _clean()
             if isinstance(error, ZotuneError) or not isinstance(error, Exception):
                 raise
-            why = _first_error(log) if len(processes) > 1 else None
+            why = _short(_first_error(log) or reason(error) if len(processes) > 1 else reason(error))
+            way = "Use another model, or runtime.type = 'torch'"
+            if "does not support LoRA" in why:
+                way = "Set runtime.vllm.adapters = 'none'"
             raise ModelError(
-                f"vLLM {gate.version()} cannot load the model {path!r}: {_short(why or reason(error))}. Use another "
-                f"model, or runtime.type = 'torch'; {_LEVEL}=INFO shows what vLLM does."
+                f"vLLM {gate.version()} cannot load the model {path!r}: {why}. {way}; {_LEVEL}=INFO shows what vLLM "
+                "does."
             ) from error
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zotune import models
 from zotune.config import ModelConfig, RuntimeConfig
 from zotune.data import Dataset
 from zotune.errors import EngineError, JournalError, ModelError, reason
@@ -126,7 +127,7 @@ class EngineRuntime:
             dtype=precision.name(model.dtype),
             max_tokens=most,
             max_rows=min(512, most),
-            longest=max(work.longest, handshake.LONGEST),
+            longest=min(max(work.longest, handshake.LONGEST), models.context_length(model)),
             compile=options.vllm.compile,
             tensor_parallel=options.vllm.tensor_parallel,
             own_process=options.vllm.own_process,

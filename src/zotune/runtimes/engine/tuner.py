@@ -127,12 +127,12 @@ class Tuner:
         asked = [wire.probe(each) for each in probes]
         whole = normalised or not all(row.single_token for row in rows)
         costs = [self._cost(row, whole) for row in rows]
-        if max(costs) > self.engine.max_tokens:
+        if (most := max(self._cost(row, whole=False) for row in rows)) > self.engine.max_tokens:
             raise ModelError(
-                f"a row needs a forward of {max(costs)} tokens, and the engine was started for "
+                f"a row needs a forward of {most} tokens, and the engine was started for "
                 f"{self.engine.max_tokens}. Start it for longer rows, or set data.max_length."
             )
-        limit = self.engine.max_tokens // max(costs)
+        limit = max(1, self.engine.max_tokens // max(costs))
         parts = [self._score(group, rows, costs, whole) for group in grouped(asked, limit, self.mix.columns - 1)]
         logits, normalisers = (np.concatenate(each) for each in zip(*parts, strict=True))
         return logits.tobytes(), normalisers.tobytes()

@@ -36,13 +36,14 @@ class History:
 
     Args:
         run: The run's directory, if there is one: a newer checkpoint in it spares a new replica the updates before it.
+        bank: See `zotune.checkpoint.newest`.
 
     Attributes:
         epoch: How often it has begun anew.
     """
 
-    def __init__(self, run: Path | None = None) -> None:
-        self._run = run
+    def __init__(self, run: Path | None = None, bank: int = 0) -> None:
+        self._run, self._bank = run, bank
         self.epoch = 0
         self.restart(None, 0)
 
@@ -71,7 +72,7 @@ class History:
         if self._run is not None and self._first is not None:
             run, last = RunDirectory(self._run), self._first + len(self._updates)
             saved = checkpoint.newest(
-                run.checkpoints, upto=last, identity=lambda step: read(run.journal).identity(step)
+                run.checkpoints, upto=last, identity=lambda step: read(run.journal).identity(step), bank=self._bank
             )
             if saved is not None and saved[0] > self._first:
                 step, window, state = saved

@@ -113,19 +113,23 @@ class Member:
         figures = {name: round(value, 4) for name, value in asdict(self.figures).items() if value is not None}
         return {"node": self.seat.node, "pid": self.introduction.pid, **figures, "started": round(self.started, 3)}
 
-    def fetch(self) -> dict[str, Tensor]:
-        """Its state, in pieces."""
+    def fetch(self, patience: float) -> dict[str, Tensor]:
+        """Its state, in pieces, each of which may take so many seconds; raises as `Seat.ask`."""
         state = {}
-        for name, dtype, shape, size in self.ask("state"):
-            pieces = [self.seat.ask("piece", name, start) for start in range(0, size, PIECE)]
+        for name, dtype, shape, size in self.ask("state", patience=patience):
+            pieces = [self.seat.ask("piece", name, start, patience=patience) for start in range(0, size, PIECE)]
             self.traffic.up += size
             state[name] = wire.tensor([dtype, shape, b"".join(pieces)])
-        self.ask("fetched")
+        self.ask("fetched", patience=patience)
         return state
 
 
-def load(seats: Sequence[Seat], cluster: Cluster, state: Mapping[str, Tensor], window: int) -> dict[Seat, Lost]:
+def load(
+    seats: Sequence[Seat], cluster: Cluster, state: Mapping[str, Tensor], window: int, patience: float
+) -> dict[Seat, Lost]:
     """Give replicas a state, in pieces that travel to each node once; who is lost on the way, and why.
+
+    A replica may take ``patience`` seconds for each.
 
     Raises:
         JournalError: The tensors are not those of the replicas' layout and method.
@@ -136,16 +140,16 @@ def load(seats: Sequence[Seat], cluster: Cluster, state: Mapping[str, Tensor], w
         dtype, shape, data = wire.pack_tensor(tensor)
         for start in range(0, max(len(data), 1), PIECE):
             piece = cluster.share(data[start : start + PIECE])
-            _ask_all(seats, lost, "put", name, dtype, shape, start, piece)
-    _ask_all(seats, lost, "loaded", window)
+            _ask_all(seats, lost, patience, "put", name, dtype, shape, start, piece)
+    _ask_all(seats, lost, patience, "loaded", window)
     return lost
 
 
-def _ask_all(seats: Sequence[Seat], lost: dict[Seat, Lost], method: str, *arguments: Any) -> None:
+def _ask_all(seats: Sequence[Seat], lost: dict[Seat, Lost], patience: float, method: str, *arguments: Any) -> None:
     """Ask all who are not lost at once; note who is."""
     begun = [(seat, seat.begin(method, *arguments)) for seat in seats if seat not in lost]
     for seat, each in begun:
         try:
-            answer(each)
+            answer(each, patience)
         except Lost as why:
             lost[seat] = why

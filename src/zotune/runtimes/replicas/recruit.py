@@ -85,7 +85,8 @@ class Recruit:
             require_same(found, self._expected)
         foundation = self._history.foundation()
         if foundation.state is not None:
-            for why in member.load([seat], self._cluster, foundation.state, foundation.window).values():
+            patience = self._blueprint.options.ray.patience
+            for why in member.load([seat], self._cluster, foundation.state, foundation.window, patience).values():
                 raise why
         found.told = foundation.count
         found.ask("nothing")

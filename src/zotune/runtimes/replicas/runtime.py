@@ -58,7 +58,7 @@ class RayRuntime:
     def __init__(self, cluster: Cluster, blueprint: Blueprint, replicas: int, run: Path | None = None) -> None:
         self._blueprint, self._options = blueprint, blueprint.options.ray
         self._board = None if run is None else Board(run)
-        self._history = History(run)
+        self._history = History(run, blueprint.options.bank)
         self._news: list[str] = []
         self.team = Team(cluster, blueprint, self._history, self._options.patience, self._news.append)
         try:

@@ -127,7 +127,7 @@ class Team:
             self.tend()
             chosen = next(iter(self.members.values()))
             try:
-                return chosen.fetch()
+                return chosen.fetch(self._patience)
             except Lost as why:
                 self.lose(chosen, str(why))
 
@@ -135,7 +135,7 @@ class Team:
         """Have all members go on from a state, with which the history begins anew."""
         self.tend()
         members = list(self.members.values())
-        lost = member.load([each.seat for each in members], self.cluster, state, window)
+        lost = member.load([each.seat for each in members], self.cluster, state, window, self._patience)
         self._history.restart(state, window)
         for each in members:
             each.told = 0

@@ -20,7 +20,7 @@ from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.folding.fold import Fold
 from zotune.runtimes.folding.move import Move
 from zotune.runtimes.spaces.mixture import Lookup, Mixture, Vector
-from zotune.updates import combine
+from zotune.updates import combine, in_float32
 
 Draw = Callable[[], Tensor]
 
@@ -120,8 +120,9 @@ class DenseSpace:
             keep = 1 - update.lr * self.method.weight_decay if site.decays else 1.0
             if keep == 1.0 and not site.moves(update.window):
                 continue
-            terms = [(self._draw(key, site)(), -update.lr * coefficient) for key, coefficient in update.terms]
-            yield Move(site, weights[site], combine(terms).__getitem__, keep)
+            amounts = [(key, in_float32(-update.lr * coefficient)) for key, coefficient in update.terms]
+            change = combine([(self._draw(key, site)(), amount) for key, amount in amounts])
+            yield Move(site, weights[site], change.__getitem__, keep)
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: all that moved is in the weights."""

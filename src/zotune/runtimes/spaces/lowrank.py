@@ -31,9 +31,7 @@ from zotune.runtimes.spaces.mixture import Lookup, Vector
 from zotune.runtimes.spaces.projection import Projection
 from zotune.runtimes.spaces.skinny import SkinnyProduct
 from zotune.runtimes.spaces.stage import MatrixView, Stage
-from zotune.updates import Momentum, Rule, Sgd, combine
-
-_LARGEST = torch.finfo(torch.float32).max
+from zotune.updates import Momentum, Rule, Sgd, combine, in_float32
 
 
 class LowRankMatrix:
@@ -230,5 +228,4 @@ class LowRankSpace:
         for site, state in self.sites.items():
             if site.decays:
                 state.update.mul_(keep)
-                # Products take it as float32. What is beyond has diverged, and the loss is to tell.
-                state.keep = min(max(state.keep * keep, -_LARGEST), _LARGEST)
+                state.keep = in_float32(state.keep * keep)

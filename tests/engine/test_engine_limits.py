@@ -1,0 +1,80 @@
+"""Rows and models at the limits of an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from engines import HEAD_SIZE
+from tiny_checkpoint import write
+from transformers import AutoModelForCausalLM, SmolLM3Config
+
+from zotune.config import RuntimeConfig
+from zotune.errors import ModelError
+from zotune.optimizer import Method
+from zotune.protocol import CLEAN
+from zotune.rows import Candidate, Row
+from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.engine.runtime import EngineRuntime, Work
+from zotune.testing import tiny
+
+METHOD = Method(scope="linear", eps=1e-2, lr=1e-3)
+RANDOM = np.random.default_rng(0)
+
+
+def tokens(count: int) -> tuple[int, ...]:
+    return tuple(RANDOM.integers(4, tiny.VOCABULARY, count).tolist())
+
+
+def start(model: Any, folder: Path, work: Work) -> EngineRuntime:
+    options = RuntimeConfig(type="vllm")
+    return EngineRuntime.start(write(model, folder), model, METHOD, seed=0, options=options, work=work)
+
+
+def test_a_row_whose_logits_fill_a_forward_is_scored_alone(tmp_path: Path) -> None:
+    config = tiny.config("llama", HEAD_SIZE)
+    # 128 tokens' worth of memory for every token that is scored.
+    config.update({"vocab_size": 1 << 16})
+    model = AutoModelForCausalLM.from_config(config)
+    rows = [Row(tokens(8), (Candidate(tokens(length), tuple(range(length))),)) for length in (30, 2, 20)]
+    runtime = start(model, tmp_path / "model", Work(step_tokens=64, longest=tiny.CONTEXT, largest=48))
+    found = runtime.score([CLEAN], rows)
+    runtime.close()
+    np.testing.assert_allclose(found, EmbeddedRuntime(model, METHOD).score([CLEAN], rows), rtol=1e-4)
+
+
+def test_writing_ends_where_the_context_does(tmp_path: Path) -> None:
+    model = tiny.model("llama", head_size=HEAD_SIZE)
+    prompts = [tokens(length) for length in (5, tiny.CONTEXT - 10)]
+    # As for prompts of up to the context and 50 tokens to write.
+    runtime = start(model, tmp_path / "model", Work(step_tokens=64, longest=tiny.CONTEXT + 50, largest=tiny.CONTEXT))
+    found = runtime.generate(prompts, max_new_tokens=50)
+    runtime.close()
+    expected = EmbeddedRuntime(model, METHOD).generate(prompts, max_new_tokens=50)
+    assert found[0] == expected[0]
+    assert found[1] == expected[1][: len(found[1])]
+    assert len(found[1]) in (10, len(expected[1]))
+
+
+def test_a_model_that_vllm_leaves_to_transformers_is_refused(tmp_path: Path) -> None:
+    config = SmolLM3Config(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=tiny.CONTEXT,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    work = Work(step_tokens=64, longest=tiny.CONTEXT, largest=48)
+    with pytest.raises(ModelError, match="no implementation of its own of this model"):
+        start(model, tmp_path / "model", work)
