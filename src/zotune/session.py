@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from zotune.run import RunDirectory
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.blueprint import Blueprint
 from zotune.runtimes.sites import left_out
+
+if TYPE_CHECKING:
+    from zotune.runtimes.engine.runtime import EngineRuntime
 
 News = Callable[[], Iterable[str]]
 """What has happened to a runtime since the last call, in a line each."""
@@ -125,7 +128,10 @@ def _start(config: Config, blueprint: Blueprint, model: Any, data: Dataset) -> t
         from zotune.runtimes.engine.runtime import Work
 
         blueprint = replace(blueprint, work=Work.of(data, config.train.batch_size, blueprint.method))
-    if options.type != "ray":
+    if options.type == "vllm":
+        engine = cast("EngineRuntime", blueprint.build(model))
+        return engine, engine.news
+    if options.type == "torch":
         return blueprint.build(model), tuple
     from zotune.runtimes.replicas.runtime import RayRuntime
 

@@ -145,6 +145,10 @@ def test_a_full_bank_is_cut_within_its_stated_error(tmp_path: Path) -> None:
         about, state = runtime.call("bank")[0], runtime.state()
         assert [step for step, _, _ in about["recompressed"]] == [7, 11, 15]
         _, worst, mean = about["recompressed"][-1]
+        told = runtime.news()
+        assert [text.partition(":")[0] for text in told] == ["step 8", "step 12", "step 16"]
+        assert f"a relative error of {mean:.1e} on average, {worst:.1e} at worst" in told[-1]
+        assert runtime.news() == []
         scores = runtime.score([CLEAN], ROWS)
         with pytest.raises(ModelError, match=r"is quantised.*Export an adapter"):
             runtime.export(tmp_path / "out")

@@ -198,9 +198,9 @@ def test_an_added_replica_has_the_others_bits_before_it_scores(configure: Config
         run.wait_for(3)
         old, *new = run.runtime.team.members.values()
         assert [each.figures.speed for each in new] == [None, None], "they have scored nothing"
-        state = old.fetch()
+        state = old.fetch(60)
         for each in new:
-            assert_same(each.fetch(), state)
+            assert_same(each.fetch(60), state)
         run.take_until(lambda: None not in [each.figures.speed for each in new])
         run.runtime.team.resize(1)
         run.take(2)

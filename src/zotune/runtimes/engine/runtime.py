@@ -92,6 +92,8 @@ class EngineRuntime:
         self.window = 0
         self.slots: slots.Slots | None = None
         self._numbers: dict[Row, int] = {}
+        self._news: list[str] = []
+        self._cuts = 0
 
     @classmethod
     def start(
@@ -196,6 +198,25 @@ class EngineRuntime:
         """Change the weights in factor space; fold at the end of a window."""
         self.call("apply", wire.pack_update(update))
         self.window = update.window + update.closes_window
+        if update.closes_window:
+            self._note_cuts()
+
+    def _note_cuts(self) -> None:
+        """Tell what it has cost that the update bank was full, where a base cannot be folded into."""
+        bank = self.call("bank")[0]
+        if bank is None:
+            return
+        for step, worst, mean in bank["recompressed"][self._cuts :]:
+            self._news.append(
+                f"step {step + 1}: the update bank was full, and is cut to the nearest of half its {bank['budget']} "
+                f"columns; with all cuts so far a relative error of {mean:.1e} on average, {worst:.1e} at worst"
+            )
+        self._cuts = len(bank["recompressed"])
+
+    def news(self) -> list[str]:
+        """What people should know of what has happened since this was last asked, in a line each."""
+        news, self._news = self._news, []
+        return news
 
     def state(self) -> dict[str, Tensor]:
         """Tuned weights as last folded, accumulated update and rule state, as CPU tensors."""
