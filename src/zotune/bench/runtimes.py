@@ -17,9 +17,9 @@ from zotune.bench.runtimes_report import RuntimeReport, RuntimesReport
 from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
 from zotune.errors import ConfigError, unknown
 from zotune.optimizer import Method
+from zotune.runtimes import precision
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import checkpoint_layout
-from zotune.runtimes.precision import product_dtype
 from zotune.testing.baselines.lora_slots import LoraSlots
 from zotune.testing.baselines.public_api import PublicApi
 
@@ -79,7 +79,9 @@ def runtimes(
         sides: dict[str, Callable[[int], object]] = {name: each.step for name, each in steppers.items()}
         sides["official"] = lambda number: official.step(theirs.batch(number))
         device = _device()
-        timing = turns.alternate(sides, steppers, repeats, device, product_dtype(theirs.model.dtype, device.type))
+        timing = turns.alternate(
+            sides, steppers, repeats, device, precision.product_dtype(theirs.model.dtype, device.type)
+        )
         batches = [theirs.batch(number) for number in range(1, repeats + 1)]
         flops = mean(next(iter(steppers.values())).flops(batch) for batch in batches)
         report = RuntimesReport(
@@ -135,7 +137,7 @@ def start(name: str, setting: steps.Setting, method: Method, seed: int = 0) -> s
     from zotune.runtimes.engine.runtime import EngineRuntime, Work
 
     work = Work.of(setting.dataset, setting.batch_size, method)
-    dtype = str(setting.model.dtype).removeprefix("torch.")
+    dtype = precision.name(setting.model.dtype)
     config = ModelConfig.model_validate({"path": setting.model.name_or_path, "dtype": dtype})
     if name in PEERS:
         method = replace(method, scope="linear")

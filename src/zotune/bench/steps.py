@@ -25,8 +25,8 @@ from zotune.optimizer import Method, Optimizer
 from zotune.presets import PRESETS
 from zotune.protocol import Probe, Update
 from zotune.rows import Example, Row
+from zotune.runtimes import precision
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.precision import product_dtype
 from zotune.testing.baselines.official import OfficialLozo
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -94,7 +94,7 @@ def step(
         stepper = Stepper(ours, method)
         official = official_of(theirs.model, method)
         device = stepper.device
-        product = product_dtype(getattr(torch, dtype), device.type)
+        product = precision.product_dtype(getattr(torch, dtype), device.type)
         sides: dict[str, Callable[[int], object]] = {
             _OURS: stepper.step,
             _THEIRS: lambda number: official.step(theirs.batch(number)),
@@ -106,7 +106,7 @@ def step(
             model=Path(model).name if model else "the demo's model",
             dtype=dtype,
             baseline_dtype=baseline_dtype,
-            product_dtype=str(product).removeprefix("torch."),
+            product_dtype=precision.name(product),
             device=str(device),
             batch_size=batch_size,
             rank=rank,
@@ -134,7 +134,8 @@ def resolved(dtype: str) -> str:
     """The dtype that ``auto`` stands for on this machine; any other name as it is."""
     if dtype != "auto":
         return dtype
-    return str(product_dtype(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return precision.name(precision.product_dtype(torch.bfloat16, device))
 
 
 def method_of(scope: str, rank: int, directions: int) -> Method:

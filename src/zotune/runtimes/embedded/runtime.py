@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from zotune.runtimes.spaces import appended
 from zotune.runtimes.spaces.dense import DenseSpace
 from zotune.runtimes.spaces.lowrank import LowRankSpace
 from zotune.runtimes.spaces.mixture import grouped
+from zotune.runtimes.timings import Timings
 
 _FINGERPRINT_SAMPLES = 4096
 
@@ -103,7 +102,7 @@ class EmbeddedRuntime:
         # Decay changes numbers in the operations themselves, and dense directions are drawn among them.
         steady = isinstance(self.space, LowRankSpace) and method.weight_decay == 0.0
         self._graphs = graphs.Graphs(model.device) if self._spans and steady else None
-        self.timings = {"draw": 0.0, "pack": 0.0, "forward": 0.0, "read": 0.0, "apply": 0.0}
+        self.timings = Timings.of("draw", "pack", "forward", "read", "apply")
         try:
             self._try(trial)
         except Exception:
@@ -144,14 +143,14 @@ class EmbeddedRuntime:
     def _score_blocks(
         self, probes: Sequence[Probe], rows: Sequence[Row], costs: Sequence[int], normalised: bool
     ) -> np.ndarray:
-        with self._timed("draw"):
+        with self.timings.timed("draw"):
             self.space.probe(probes)
         parts = []
         for part in cut(costs, self.max_tokens // len(probes)):
-            with self._timed("pack"):
+            with self.timings.timed("pack"):
                 packed = self._packed(rows[part], normalised)
             scores = self._scored(packed, len(probes))
-            with self._timed("read"):
+            with self.timings.timed("read"):
                 parts.append(self._read(scores, packed))
         return np.concatenate(parts, axis=1)
 
@@ -166,13 +165,13 @@ class EmbeddedRuntime:
         whole = packed.spans is not None and packed.spans.seen is None
         if self._graphs is not None and whole and isinstance(space, LowRankSpace):
             forward = partial(self._shown_forward, blocks=blocks)
-            with self._timed("forward"):
+            with self.timings.timed("forward"):
                 scores = self._graphs.run(forward, packed, blocks, (id(space.stage), space.window % self._period))
             space.shown()
             return scores
-        with self._timed("draw"):
+        with self.timings.timed("draw"):
             space.show()
-        with self._timed("forward"):
+        with self.timings.timed("forward"):
             return self._forward(packed.to(self.model.device), blocks)
 
     def _shown_forward(self, packed: Pack, blocks: int) -> Tensor:
@@ -224,7 +223,7 @@ class EmbeddedRuntime:
     @torch.inference_mode()
     def apply(self, update: Update) -> None:
         """Change the weights in factor space; fold at the end of a window."""
-        with self._timed("apply"):
+        with self.timings.timed("apply"):
             self.space.apply(update, self._weights, self._fold)
 
     def state(self) -> dict[str, Tensor]:
@@ -277,12 +276,6 @@ class EmbeddedRuntime:
         for each in self._siblings:
             each.close()
         self.model.set_attn_implementation(self._attention_before)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.timings[phase] += time.perf_counter() - start
 
 
 def twin(config: ModelConfig, method: Method, *, seed: int, fold: str) -> EmbeddedRuntime:

@@ -5,9 +5,7 @@ It knows nothing of vLLM but `Engine`. What it takes and gives is plain data, be
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from zotune.runtimes.folding.fold import StochasticFold
 from zotune.runtimes.packing import ACTIVATIONS, cut
 from zotune.runtimes.spaces.lowrank import LowRankMatrix
 from zotune.runtimes.spaces.mixture import grouped
+from zotune.runtimes.timings import Timings
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.internals import Engine
@@ -71,7 +70,7 @@ class Tuner:
         self._bank = self._banked(settings["bank_rank"])
         self._rows: dict[int, Prepared] = {}
         self._loading: dict[str, Tensor] = {}
-        self.timings = dict.fromkeys(("draw", "pack", "forward", "head", "apply", "fold"), 0.0)
+        self.timings = Timings.of("draw", "pack", "forward", "head", "apply", "fold")
 
     @property
     def weights(self) -> Weights:
@@ -140,7 +139,7 @@ class Tuner:
     def _score(
         self, probes: Sequence[Probe], rows: Sequence[Prepared], costs: Sequence[int], whole: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        with self._timed("draw"):
+        with self.timings.timed("draw"):
             self.space.probe(probes)
             numbers = self.space.numbers(probes)
         parts = [
@@ -150,16 +149,16 @@ class Tuner:
         return logits, normalisers
 
     def _forward(self, rows: Sequence[Prepared], numbers: Tensor, whole: bool) -> tuple[np.ndarray, np.ndarray]:
-        with self._timed("pack"):
+        with self.timings.timed("pack"):
             batch = Batch.of(rows, len(numbers))
             state = torch.from_numpy(batch.states).to(numbers.device)
             self.mix.show(numbers[state])
         try:
-            with self._timed("forward"):
+            with self.timings.timed("forward"):
                 hidden = self.engine.forward(batch.sequences)
         finally:
             self.mix.clear(len(state))
-        with self._timed("head"):
+        with self.timings.timed("head"):
             return self._read(hidden, batch, numbers, whole)
 
     def _read(self, hidden: Tensor, batch: Batch, numbers: Tensor, whole: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +192,7 @@ class Tuner:
     def on_apply(self, update: Any) -> None:
         """Change the weights."""
         given = wire.update(update)
-        with self._timed("fold" if given.closes_window else "apply"):
+        with self.timings.timed("fold" if given.closes_window else "apply"):
             if not given.closes_window:
                 self.space.apply(given, {}, StochasticFold(self._seed))
             elif self._bank is not None:
@@ -288,12 +287,6 @@ class Tuner:
     def on_timings(self) -> dict[str, float]:
         """Seconds spent so far, by phase."""
         return dict(self.timings)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.timings[phase] += time.perf_counter() - start
 
 
 def _table_of(head: Head, layers: Sequence[Layer]) -> TunedTable | None:

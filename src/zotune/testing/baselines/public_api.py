@@ -31,6 +31,7 @@ from zotune.layout import Layout, Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
+from zotune.runtimes import precision
 from zotune.runtimes.engine import launch, worker_settings
 from zotune.runtimes.engine.slots import RANKS
 from zotune.runtimes.folding.fold import Fold
@@ -84,7 +85,7 @@ class PublicApi:
         self.llm = launch.start(
             config,
             worker_settings.pack(method, Layout(tuple(self._weights)), seed, RuntimeConfig(type="vllm")),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=precision.name(model.dtype),
             max_tokens=max(_MOST_TOKENS, longest),
             max_rows=256,
             longest=longest,
