@@ -1,4 +1,4 @@
-"""Two versions of zotune, or zotune and the official LOZO procedure, step by step in turn.
+"""Two versions of zotune, or zotune and a peer's procedure, step by step in turn.
 
 Each side has a process of its own, and both take the same batches. A machine that is faster in one minute than in the
 next is so for both, so what counts is the median of the pairs' ratios.
@@ -6,8 +6,9 @@ next is so for both, so what counts is the median of the pairs' ratios.
     python benchmarks/pairs.py OLD NEW --data data/sst2 --dtype bfloat16 --pairs 60
     python benchmarks/pairs.py official . --data data/sst2 --dtype bfloat16 --pairs 40
 
-OLD and NEW are checkouts, such as `git worktree add ../old COMMIT` makes; `official` is the published procedure, from
-the other side's checkout. A step is as `zotune bench step` times it, without the share of a fold.
+OLD and NEW are checkouts, such as `git worktree add ../old COMMIT` makes. `official` is the published LOZO procedure,
+`lora-slots` and `public-api` are others' ways through vLLM, from the other side's checkout
+(`zotune.testing.baselines`). A step is as `zotune bench step` times it, without the share of a fold.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 OFFICIAL = "official"
+PEERS = (OFFICIAL, "lora-slots", "public-api")
 _READY = "ready"
 _WARM_UP = 3
 
@@ -96,12 +98,12 @@ def work(runtime: str, given: dict[str, Any], method: dict[str, Any]) -> None:
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """Seconds of both sides and the ratios of pairs."""
     names = chosen.old, chosen.new
-    checkouts = [Path(name).resolve() for name in names if name != OFFICIAL]
+    checkouts = [Path(name).resolve() for name in names if name not in PEERS]
     if not checkouts or not all((each / "src" / "zotune").is_dir() for each in checkouts):
-        sys.exit(f"error: got {names[0]} and {names[1]}; give a checkout of zotune and another one or 'official'")
+        sys.exit(f"error: got {names[0]} and {names[1]}; give a checkout of zotune, and another or one of {PEERS}")
     sides = [
-        Side(checkouts[0] if name == OFFICIAL else Path(name).resolve(), chosen, OFFICIAL if name == OFFICIAL else kind)
-        for name, kind in zip(names, (chosen.runtime, chosen.runtime), strict=True)
+        Side(checkouts[0], chosen, name) if name in PEERS else Side(Path(name).resolve(), chosen, chosen.runtime)
+        for name in names
     ]
     for pair in range(chosen.pairs):
         for side in sides if pair % 2 else sides[::-1]:
@@ -116,8 +118,8 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", help="a checkout, or 'official'")
-    parser.add_argument("new", help="a checkout, or 'official'")
+    parser.add_argument("old", help=f"a checkout, or one of {', '.join(PEERS)}")
+    parser.add_argument("new", help="the same")
     parser.add_argument("--model", help="hub id or folder; default: the demonstration's")
     parser.add_argument("--data", help="folder with SST-2's train.jsonl and validation.jsonl; default: reviews")
     parser.add_argument("--dtype", default="bfloat16")

@@ -69,7 +69,7 @@ def test_what_is_not_as_the_preset_has_it_is_told() -> None:
     written = resolved(config.parse({"output": "run", "model": {"path": "m"}, "data": {"task": "sst2"}})).method
     assert departures(written) == []
     (told,) = departures(written.model_copy(update={"preset": "lozo-m"}))
-    assert told == "method: not as 'lozo-m' has it: momentum = 0.0 (0.9)"
+    assert told == "settings other than the preset 'lozo-m' has: method.momentum = 0.0 (there 0.9)"
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:

@@ -120,7 +120,9 @@ def test_a_run_says_once_that_16_bits_round_its_probes_away(configure: Configure
     seen = Recorder()
     in_16_bits = {"model": {"dtype": "bfloat16"}, "train": {"steps": 2}}
     zotune.start(configure(method={"eps": 1e-4}, **in_16_bits), seen)
-    assert sum("not as 'lozo' has it: eps = 0.0001 (0.001)" in notice for notice in seen.notices) == 1
+    assert (
+        sum("than the preset 'lozo' has: method.eps = 0.0001 (there 0.001)" in notice for notice in seen.notices) == 1
+    )
     assert sum("method.eps = 0.0001 is below 0.001" in notice for notice in seen.notices) == 1
     seen = Recorder()
     zotune.start(configure(output="far", method={"eps": 1e-3}, **in_16_bits), seen)

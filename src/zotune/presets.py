@@ -173,8 +173,9 @@ def departures(config: MethodConfig) -> list[str]:
     """A notice of what is set otherwise than the preset has it; such as all of another preset, in a run's own file."""
     own = get(config.preset).method
     values = config.model_dump(exclude={"preset", "lr"}, exclude_none=True)
-    told = [f"{name} = {value} ({getattr(own, name)})" for name, value in values.items() if value != getattr(own, name)]
-    return [f"method: not as {config.preset!r} has it: {', '.join(told)}"] if told else []
+    other = {name: value for name, value in values.items() if value != getattr(own, name)}
+    told = ", ".join(f"method.{name} = {value} (there {getattr(own, name)})" for name, value in other.items())
+    return [f"settings other than the preset {config.preset!r} has: {told}"] if other else []
 
 
 NEAREST_IN_16_BITS = 1e-3
