@@ -58,8 +58,15 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "decay": ("method.weight_decay=1e300", "method.weight_decay: Input should be less than or equal to 1000000"),
     "eps": ("method.eps=1e300", "method.eps: Input should be less than or equal to 1"),
     "momentum": ('method={preset="mezo", momentum=0.9}', "momentum = 0.9 needs low-rank directions"),
-    "rank": ('method={preset="mezo-lora", rank=16}', "those of 'mezo-lora' are dense. Leave it out; the LoRA matrices"),
-    "interval": ('method={preset="mezo", interval=9}', "method.interval is of low-rank directions"),
+    "rank": (
+        'method={preset="mezo-lora", rank=16}',
+        "nothing for the preset 'mezo-lora'. The rank of its LoRA matrices is",
+    ),
+    "interval": (
+        'method={preset="mezo", interval=9}',
+        "method.interval means nothing for the preset 'mezo'. Leave it out",
+    ),
+    "LoRA": ("method.lora_rank=16", "method.lora_rank means nothing for the preset 'lozo'. Leave it out"),
     "preset": ('method.preset="lozzo"', "unknown preset 'lozzo'. Did you mean 'lozo'?"),
     "task": ('data.task="sst"', "unknown task 'sst'. Did you mean 'sst2'?"),
     "key": ("train.batchsize=3", "unknown key 'train.batchsize'. Did you mean 'train.batch_size'?"),

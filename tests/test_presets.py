@@ -4,7 +4,7 @@ from zotune import config
 from zotune.config import MethodConfig
 from zotune.errors import ConfigError
 from zotune.optimizer import Method, Optimizer
-from zotune.presets import PRESETS, Preset, departures, get, resolve, too_near
+from zotune.presets import PRESETS, Preset, departures, get, resolve, too_near, unused
 from zotune.run import resolved
 
 METHODS_OF_ISSUE = {"lozo", "lozo-m", "mezo-factorized", "mezo", "mezo-lora"}
@@ -77,14 +77,20 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:
         get("loso")
 
 
-def test_the_resolved_configuration_says_all_that_it_means() -> None:
+@pytest.mark.parametrize(
+    ("preset", "without"),
+    [("lozo", {"lora_rank", "lora_alpha"}), ("mezo-lora", {"rank", "interval"}), ("mezo", {"rank", "lora_rank"})],
+)
+def test_the_resolved_configuration_says_all_that_it_means_and_no_more(preset: str, without: set[str]) -> None:
     table = {
         "output": "run",
         "model": {"path": "model"},
         "data": {"task": "sst2"},
-        "method": {"preset": "mezo-lora", "lr": 1e-3},
+        "method": {"preset": preset, "lr": 1e-3},
     }
     written = resolved(config.parse(table))
-    assert all(value is not None for value in written.method.model_dump().values())
-    assert resolve(written.method) == resolve(MethodConfig(preset="mezo-lora", lr=1e-3))
+    nothing = {name for name, value in written.method.model_dump().items() if value is None}
+    assert without <= nothing == set(unused(get(preset)))
+    assert resolve(written.method) == resolve(MethodConfig(preset=preset, lr=1e-3))
+    assert resolved(written) == written
     assert written.data.candidates is not None

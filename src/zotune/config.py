@@ -117,6 +117,8 @@ class MethodConfig(Section):
     eps: float | None = Field(default=None, gt=0, le=1e38, description="probe distance")
     rank: int | None = Field(default=None, ge=1, le=4096, description="rank of a direction")
     interval: int | None = Field(default=None, ge=1, description="steps that share V (nu)")
+    lora_rank: int | None = Field(default=None, ge=1, le=4096, description="rank of the LoRA matrices of mezo-lora")
+    lora_alpha: int | None = Field(default=None, ge=1, le=2**16, description="their output counts alpha / rank times")
     directions: int | None = Field(default=None, ge=1, le=4096, description="directions per step")
     estimator: EstimatorName | None = None
     calibrated: bool | None = Field(

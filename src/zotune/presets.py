@@ -153,20 +153,24 @@ def resolve(config: MethodConfig) -> Method:
     return replace(get(config.preset).method, **chosen)
 
 
+def unused(preset: Preset) -> tuple[str, ...]:
+    """The settings that a preset has no use for."""
+    method = preset.method
+    low_rank = ("rank", "interval") if method.family == "dense" else ()
+    return low_rank if method.lora_rank else (*low_rank, "lora_rank", "lora_alpha")
+
+
 def refuse_unused(config: MethodConfig) -> None:
     """Refuse a value that a preset has no use for: two runs that differ in it alone would be the same run.
 
     Raises:
-        ConfigError: The preset's directions are dense, and a rank or an interval is set that is not its own.
+        ConfigError: One is set, and not as the preset itself has it.
     """
     preset = get(config.preset)
-    for name in ("rank", "interval") if preset.method.family == "dense" else ():
+    for name in unused(preset):
         if getattr(config, name) not in (None, getattr(preset.method, name)):
-            rank = preset.method.lora_rank
-            raise ConfigError(
-                f"method.{name} is of low-rank directions, and those of {preset.name!r} are dense. Leave it out"
-                + (f"; the LoRA matrices have rank {rank}." if rank else ".")
-            )
+            own = ". The rank of its LoRA matrices is method.lora_rank" if preset.method.lora_rank else ""
+            raise ConfigError(f"method.{name} means nothing for the preset {preset.name!r}{own}. Leave it out.")
 
 
 def departures(config: MethodConfig) -> list[str]:

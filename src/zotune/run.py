@@ -31,7 +31,7 @@ from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Evaluation, Metrics
 from zotune.journal import Header, Journal
 from zotune.paths import StrPath, expand
-from zotune.presets import refuse_unused, resolve
+from zotune.presets import get, refuse_unused, resolve, unused
 from zotune.watching import metrics
 
 _PACKAGES = ("zotune", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -262,9 +262,9 @@ def resolved(config: Config) -> Config:
 
     An automatic learning rate stays one: it is chosen when the run begins.
     """
-    method = resolve(config.method)
     refuse_unused(config.method)
-    kept = {"preset", "lr"} if config.method.lr == AUTO else {"preset"}
+    method = resolve(config.method)
+    kept = {"preset", *unused(get(config.method.preset))} | ({"lr"} if config.method.lr == AUTO else set())
     values = {name: getattr(method, name) for name in MethodConfig.model_fields if name not in kept}
     data = config.data if config.data.task is None else tasks.get(config.data.task).complete(config.data)
     return config.model_copy(

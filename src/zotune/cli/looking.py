@@ -113,8 +113,8 @@ def _describe(preset: Preset) -> str:
 
 def _defaults(preset: Preset) -> dict[str, Any]:
     """The preset's values that have a meaning for it."""
+    from zotune.presets import unused
+
     values = asdict(preset.method)
-    hidden = set() if values["family"] == "low-rank" else {"rank", "interval", "normalised", "momentum"}
-    if values["lora_rank"] is None:
-        hidden |= {"lora_rank", "lora_alpha"}
+    hidden = {*unused(preset)} | (set() if values["family"] == "low-rank" else {"normalised", "momentum"})
     return {key: value for key, value in values.items() if key not in hidden}
