@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from zotune.config import Config
-from zotune.presets import PRESETS
+from zotune.presets import PRESETS, unused
 from zotune.tasks import TASKS
 
 Values = Mapping[str, Any]
@@ -44,7 +44,8 @@ def defaults(configuration: Values) -> dict[str, Any]:
             keys = field.annotation.model_fields.items()
             found |= {f"{table}.{key}": each.default for key, each in keys if not each.is_required()}
     if preset := PRESETS.get(configuration.get("method.preset", "")):
-        found |= {f"method.{key}": value for key, value in asdict(preset.method).items()}
+        brought = asdict(preset.method).items()
+        found |= {f"method.{key}": value for key, value in brought if key not in unused(preset)}
     if task := TASKS.get(configuration.get("data.task") or ""):
         found |= {f"data.{key}": value for key, value in task.defaults if value is not None}
     return found
