@@ -140,7 +140,8 @@ def start(name: str, setting: steps.Setting, method: Method, seed: int = 0) -> s
     dtype = precision.name(setting.model.dtype)
     config = ModelConfig.model_validate({"path": setting.model.name_or_path, "dtype": dtype})
     if name in PEERS:
-        method = replace(method, scope="linear")
+        # They send whole sequences, the last token included, and vLLM has to write one more.
+        method, work = replace(method, scope="linear"), replace(work, longest=work.longest + 1)
     if name == "public-api":
         return PublicApi(config, setting.model, method, seed=seed, longest=work.longest)
     options = EngineConfig(compile=name == "vllm-compiled", adapters="lora" if name == "lora-slots" else "none")
