@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -97,9 +97,8 @@ def newest(
         if (wrong := _fault(about, identity)) is not None:
             notice(f"the checkpoint {path} is {wrong} and not used; an older one or the journal makes up for it")
         elif about is not None and (upto is None or about["step"] <= upto):
-            state = load_file(path / _TENSORS)
-            if (banked := _bank(state)) == bank:
-                return about["step"], about["window"], state
+            if (banked := _bank(path / _TENSORS)) == bank:
+                return about["step"], about["window"], load_file(path / _TENSORS)
             notice(
                 f"the checkpoint {path} is of runtime.vllm.bank_rank = {banked}, not {bank}, and not used; the journal "
                 "makes up for it"
@@ -107,9 +106,11 @@ def newest(
     return None
 
 
-def _bank(state: Mapping[str, Tensor]) -> int:
-    """Columns of the update bank that a state has beside its weights; 0 without one."""
-    return max((tensor.shape[1] for name, tensor in state.items() if name.startswith("bank/v/")), default=0)
+def _bank(tensors: Path) -> int:
+    """Columns of the update bank that a state has beside its weights, by the file's header; 0 without one."""
+    with safe_open(tensors, "pt") as file:
+        stacks = [name for name in file.keys() if name.startswith("bank/v/")]  # noqa: SIM118
+        return max((file.get_slice(name).get_shape()[1] for name in stacks), default=0)
 
 
 def sound(folder: Path, step: int, identity: Identity = lambda step: None) -> bool:

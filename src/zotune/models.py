@@ -28,7 +28,7 @@ def load(config: ModelConfig, *, mapped: bool = False) -> tuple[Any, Any]:
     Raises:
         ModelError: There is no such model, its files cannot be read or lack weights, or the device is not there.
     """
-    device = _device(config.device)
+    device = chosen_device(config.device)
     tokenizer = load_tokenizer(config)
     options = {"dtype": dtype_of(config), "output_loading_info": True}
     model, found = _load(config, automatic_class(load_config(config)), **options)
@@ -125,7 +125,12 @@ def embeddings(model: Any) -> int:
     return int(getattr(table, "num_embeddings", None) or table.weight.shape[0])
 
 
-def _device(name: str) -> torch.device:
+def chosen_device(name: str = "auto") -> torch.device:
+    """The device of a name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ModelError: It is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refusal = f"device {name!r} is not there. Use 'auto', 'cpu' or a CUDA device that PyTorch sees."
@@ -147,7 +152,7 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
         ModelError: The device is not there.
     """
     if config.dtype == "auto":
-        return product_dtype(torch.bfloat16, _device(config.device).type)
+        return product_dtype(torch.bfloat16, chosen_device(config.device).type)
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
 
 

@@ -78,7 +78,7 @@ def runtimes(
         official = steps.official_of(theirs.model, method)
         sides: dict[str, Callable[[int], object]] = {name: each.step for name, each in steppers.items()}
         sides["official"] = lambda number: official.step(theirs.batch(number))
-        device = _device()
+        device = models.chosen_device()
         timing = turns.alternate(
             sides, steppers, repeats, device, precision.product_dtype(theirs.model.dtype, device.type)
         )
@@ -107,13 +107,9 @@ def _report(name: str, timing: turns.Timing, interval: int) -> RuntimeReport:
     return RuntimeReport(name, median(timing.seconds[name]) + fold, timing.phases[name] | {"fold": fold})
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _stepper(name: str, given: Mapping[str, Any], method: Method, stack: ExitStack) -> steps.Stepper:
     setting = prepare(name, given)
-    stepper = steps.Stepper(setting, method, start(name, setting, method), _device())
+    stepper = steps.Stepper(setting, method, start(name, setting, method), models.chosen_device())
     stack.enter_context(closing(stepper.runtime))
     return stepper
 

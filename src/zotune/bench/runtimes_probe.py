@@ -13,6 +13,7 @@ import torch
 
 from zotune.bench.runtimes import prepare, start
 from zotune.bench.steps import Stepper, method_of
+from zotune.models import chosen_device
 from zotune.peak import forget_peak, peak_bytes
 from zotune.protocol import Update
 
@@ -23,7 +24,7 @@ def main(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Start the runtime, take a few steps and fold."""
     torch.set_num_threads(settings.pop("threads"))
     method = method_of(settings.pop("scope"), settings.pop("rank"), settings.pop("directions"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device()
     forget_peak(device)
     began = time.perf_counter()
     setting = prepare(name, settings)

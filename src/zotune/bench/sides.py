@@ -12,6 +12,7 @@ import torch
 from zotune.bench import random_engine, random_rows, shapes, work
 from zotune.bench.results import Case
 from zotune.bench.steps import Setting, Stepper, Timed, method_of, official_of
+from zotune.models import chosen_device
 from zotune.optimizer import Method
 from zotune.rows import Example
 from zotune.runtimes.embedded import EmbeddedRuntime
@@ -109,7 +110,7 @@ def start(case: Case, batches: Sequence[int]) -> Side:
     began = time.perf_counter()
     torch.set_num_threads(case["threads"])
     method = method_of(case.get("scope", "all"), case.get("rank", 2), case.get("directions", 1))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device()
     engine = case["runtime"].startswith("vllm")
     network = shapes.network(case["model"], getattr(torch, case["dtype"]), "meta" if engine else device)
     setting = Setting(network, random_rows.dataset(network.config.vocab_size), max(batches))

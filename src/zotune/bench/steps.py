@@ -134,8 +134,7 @@ def resolved(dtype: str) -> str:
     """The dtype that ``auto`` stands for on this machine; any other name as it is."""
     if dtype != "auto":
         return dtype
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return precision.name(precision.product_dtype(torch.bfloat16, device))
+    return precision.name(precision.product_dtype(torch.bfloat16, models.chosen_device().type))
 
 
 def method_of(scope: str, rank: int, directions: int) -> Method:

@@ -155,20 +155,12 @@ class Completion(_Learnt):
             if self.answers is not None:
                 encoded = template.begun(encoded, [text for _, text, _ in filled])
         else:
-            self._require_a_line(filled)
+            if self.answers is not None:
+                _require_a_line(filled)
             # A line break that the template itself ends in is the end, as in MeZO's tasks of generation.
             eos = not self.completion.text.endswith("\n")
             encoded = encoder.completions([Text(prompt, (text,), where) for prompt, text, where in filled], eos=eos)
         return _completed(encoded, [self._answers(row, where) for where, row in rows])
-
-    def _require_a_line(self, filled: Sequence[tuple[str, str, str]]) -> None:
-        """Refuse an answer to be written that begins with a line break, where writing ends."""
-        for _, text, where in filled:
-            if self.answers is not None and text.lstrip(" ").startswith("\n"):
-                raise DataError(
-                    f"data.completion: {where}: it begins with a line break, where the writing of an answer ends, so "
-                    "that none could be right. Put the line break at the end of data.prompt."
-                )
 
     def _answers(self, row: Record, where: str) -> tuple[str, ...]:
         return () if self.answers is None else texts(row, self.answers, where, "data.answers")
@@ -241,6 +233,16 @@ def form(config: DataConfig) -> Classification | Completion | Conversations:
         raise DataError(f"data.candidates has {len(config.candidates)} entries; classification needs at least 2.")
     candidates = tuple(Template.parse("data.candidates", text) for text in config.candidates)
     return Classification(prompt, candidates, config.label, config.loss or "candidates", config.chat)
+
+
+def _require_a_line(filled: Sequence[tuple[str, str, str]]) -> None:
+    """Refuse an answer to be written that begins with a line break, where writing ends."""
+    for _, text, where in filled:
+        if text.lstrip(" ").startswith("\n"):
+            raise DataError(
+                f"data.completion: {where}: it begins with a line break, where the writing of an answer ends, so "
+                "that none could be right. Put the line break at the end of data.prompt."
+            )
 
 
 def _gold(label: str | int | float, candidates: Sequence[str], where: str) -> int:

@@ -133,8 +133,8 @@ class EmbeddedRuntime:
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
         """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
         costs = [self._cost(row, normalised) for row in rows]
-        most = len(probes)
-        while most > 1 and most * max(costs) > self.max_tokens:
+        most, largest = len(probes), max(costs)
+        while most > 1 and most * largest > self.max_tokens:
             # By halves, because what blocks see is kept for every number of them that there was.
             most = -(-most // 2)
         together = grouped(probes, most, self._directions)

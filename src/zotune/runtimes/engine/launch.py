@@ -137,7 +137,8 @@ def _load(path: str, arguments: dict[str, Any], processes: dict[str, str]) -> An
             _clean()
             if isinstance(error, ZotuneError) or not isinstance(error, Exception):
                 raise
-            why = _short(_first_error(log) or reason(error) if len(processes) > 1 else reason(error))
+            found = _first_error(log) if len(processes) > 1 else None
+            why = _short(found or reason(error))
             way = "Use another model, or runtime.type = 'torch'"
             if "does not support LoRA" in why:
                 way = "Set runtime.vllm.adapters = 'none'"

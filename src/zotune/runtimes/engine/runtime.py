@@ -196,16 +196,14 @@ class EngineRuntime:
 
     def apply(self, update: Update) -> None:
         """Change the weights in factor space; fold at the end of a window."""
-        self.call("apply", wire.pack_update(update))
+        cuts = self.call("apply", wire.pack_update(update))[0]
         self.window = update.window + update.closes_window
-        if update.closes_window:
+        if cuts > self._cuts:
             self._note_cuts()
 
     def _note_cuts(self) -> None:
         """Tell what it has cost that the update bank was full, where a base cannot be folded into."""
         bank = self.call("bank")[0]
-        if bank is None:
-            return
         for step, worst, mean in bank["recompressed"][self._cuts :]:
             self._news.append(
                 f"step {step + 1}: the update bank was full, and is cut to the nearest of half its {bank['budget']} "

@@ -189,8 +189,8 @@ class Tuner:
         owned, width = self.head.owned, self.head.module.weight.shape[1]
         return cost + len(row.kept) * (owned.stop - owned.start) // (ACTIVATIONS * width)
 
-    def on_apply(self, update: Any) -> None:
-        """Change the weights."""
+    def on_apply(self, update: Any) -> int:
+        """Change the weights; how often the update bank has been cut so far."""
         given = wire.update(update)
         with self.timings.timed("fold" if given.closes_window else "apply"):
             if not given.closes_window:
@@ -199,6 +199,7 @@ class Tuner:
                 self._bank.apply(given)
             else:
                 self.weights.apply(self.space, given)
+        return 0 if self._bank is None else len(self._bank.errors)
 
     def on_state_names(self) -> list[str]:
         """Names of the tensors of a checkpoint."""

@@ -50,12 +50,14 @@ class Mixture:
 def grouped(probes: Sequence[Probe], most: int, directions: float) -> Iterator[list[Probe]]:
     """Cut probes into parts that go into one forward: one or more, at most so many, of at most so many directions."""
     part: list[Probe] = []
+    moved: set[tuple[DirectionKey, float]] = set()
     for probe in probes:
-        moved = {(each.key, each.eps) for each in (*part, probe) if each.key is not None}
-        if part and (len(part) >= most or len(moved) > directions):
+        own = set() if probe.key is None else {(probe.key, probe.eps)}
+        if part and (len(part) >= most or len(moved) + len(own - moved) > directions):
             yield part
-            part = []
+            part, moved = [], set()
         part.append(probe)
+        moved |= own
     yield part
 
 
