@@ -8,7 +8,7 @@ each (`zotune.layout.Site.turn`): a direction is zero where it is not a site's t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class LowRankDirections:
             distribution,
             device,
         )
+        self._expected: dict[DirectionKey, Tensor] = {}
         self._waiting = [self._waiting_in(window) for window in range(period(sites))]
         self._v = NoiseBlock([s.name for s in matrices], [(s.shape[1], rank) for s in matrices], distribution, device)
 
@@ -57,7 +58,12 @@ class LowRankDirections:
 
     def streams(self, key: DirectionKey) -> Tensor:
         """What `drawn` makes this direction from: int64 ``(2, sites)`` on the CPU; see `NoiseBlock.streams`."""
-        return self.factors.streams(self._name(key))
+        made = self._expected.get(key)
+        return self.factors.streams(self._name(key)) if made is None else made
+
+    def expect(self, keys: Iterable[DirectionKey]) -> None:
+        """Get ready what `streams` will be asked for next."""
+        self._expected = {key: self.factors.streams(self._name(key)) for key in keys}
 
     def drawn(self, given: Tensor, window: int) -> Tensor:
         """What `draw` gives for a key of this window, in operations on the device alone; see `NoiseBlock.drawn`."""

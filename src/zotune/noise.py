@@ -78,7 +78,7 @@ class NoiseBlock:
 
     def streams(self, key: str) -> Tensor:
         """What `drawn` makes the draw of this key from: int64 ``(2, tensors)`` on the CPU."""
-        return torch.stack(streams(self._names, key))
+        return streams(self._names, key)
 
     def drawn(self, given: Tensor) -> Tensor:
         """What `draw` gives for a key, in operations on the device alone; ``given`` is its `streams`, over there."""
@@ -106,17 +106,16 @@ def hashes(names: Sequence[str]) -> np.ndarray:
     return np.array([_hash(name)[0] for name in names], dtype=np.uint64)
 
 
-def streams(names: np.ndarray, key: str) -> tuple[Tensor, Tensor]:
-    """Start and gamma of each tensor's generator, int64 ``(names,)`` on the CPU.
+def streams(names: np.ndarray, key: str) -> Tensor:
+    """Start and gamma of each tensor's generator, int64 ``(2, names)`` on the CPU.
 
     Args:
         names: See `hashes`.
         key: Of the draw.
     """
-    first, second = _hash(key)
-    starts = _mix(names ^ np.uint64(first)).view(np.int64)
-    gammas = (_mix(names ^ np.uint64(second)) | np.uint64(1)).view(np.int64)
-    return torch.from_numpy(starts), torch.from_numpy(gammas)
+    made = _mix(names ^ np.array(_hash(key), dtype=np.uint64)[:, None])
+    made[1] |= np.uint64(1)
+    return torch.from_numpy(made.view(np.int64))
 
 
 def bits16_at(starts: Tensor, gammas: Tensor, at: Tensor) -> Tensor:
@@ -138,10 +137,12 @@ def _hash(text: str) -> tuple[int, int]:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser on unsigned words."""
+    """SplitMix64's finaliser on unsigned words, in place."""
     for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(multiplier)
-    return x ^ (x >> np.uint64(_SHIFTS[-1]))
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(multiplier)
+    x ^= x >> np.uint64(_SHIFTS[-1])
+    return x
 
 
 def _mix_(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from zotune.presets import departures, resolve, too_near
 from zotune.protocol import Proposal
 from zotune.rows import Example, checksum
 from zotune.run import RunDirectory
-from zotune.runtimes.base import Runtime
+from zotune.runtimes.base import Runtime, foretell
 from zotune.runtimes.blueprint import Blueprint
 from zotune.runtimes.sites import left_out
 
@@ -91,6 +91,11 @@ class Session:
         rows = [example.row for example in examples]
         scores = self.runtime.score(proposal.probes, rows, normalised=objective.normalised)
         return batch_losses(objective, scores, examples)
+
+    def expect(self, step: int) -> None:
+        """Let a runtime that can get ready for a step know of it, before the step that precedes it is scored."""
+        rows = [example.row for example in self.batch(step)[0]]
+        foretell(self.runtime, self.optimizer.ask(step).probes, rows, normalised=self.objective.normalised)
 
     @cached_property
     def objective(self) -> Objective:

@@ -140,6 +140,7 @@ def take_step(session: Session, step: int, journal: Journal) -> Entry:
     """One step: score the probes, journal what follows from their losses, then apply it."""
     examples, checksum = session.batch(step)
     proposal = session.optimizer.ask(step)
+    session.expect(step + 1)
     losses = session.losses(proposal, examples)
     try:
         update = session.optimizer.tell(proposal, losses)

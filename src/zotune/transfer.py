@@ -17,28 +17,23 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Inbox:
-    """A tensor of a device that the host writes anew again and again.
+    """A tensor of a GPU that the host writes anew again and again.
 
     Attributes:
         there: The tensor, at first zeros.
 
     Args:
-        shape: Of it.
-        dtype: Of it.
-        device: Its device. A GPU's has a tensor in pinned memory, which is kept: to get one anew takes longer than a
-            copy.
+        size: Elements of it, int64.
+        device: The GPU. Pinned memory is kept beside it: to get some anew takes longer than a copy.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.there = torch.zeros(*shape, dtype=dtype, device=device)
-        self._pinned = torch.zeros(*shape, dtype=dtype, pin_memory=True) if device.type == "cuda" else None
-        self._taken = torch.cuda.Event() if device.type == "cuda" else None
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.there = torch.zeros(size, dtype=torch.int64, device=device)
+        self._pinned = torch.zeros(size, dtype=torch.int64, pin_memory=True)
+        self._taken = torch.cuda.Event()
 
     def write(self, tensors: Sequence[Tensor]) -> None:
-        """Write CPU tensors one behind the other, which may change at once; a GPU takes them in its own time."""
-        if self._pinned is None or self._taken is None:
-            self.there.copy_(torch.cat(list(tensors)))
-            return
+        """Write flat CPU tensors one behind the other, which may change at once; the GPU takes them in its own time."""
         self._taken.synchronize()
         torch.cat(list(tensors), out=self._pinned)
         self.there.copy_(self._pinned, non_blocking=True)

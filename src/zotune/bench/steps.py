@@ -23,9 +23,10 @@ from zotune.layout import Scope
 from zotune.objectives import batch_losses
 from zotune.optimizer import Method, Optimizer
 from zotune.presets import PRESETS
-from zotune.protocol import Probe, Update
+from zotune.protocol import Probe, Proposal, Update
 from zotune.rows import Example, Row
 from zotune.runtimes import precision
+from zotune.runtimes.base import foretell
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.testing.baselines.official import OfficialLozo
 
@@ -254,14 +255,19 @@ class Stepper:
 
     def step(self, number: int) -> float:
         """One step on the batch of this number; gives the loss."""
-        batch, interval = self.setting.batch(number), self.optimizer.method.interval
-        proposal = self.optimizer.ask(self.window * interval + number % interval)
+        batch, proposal = self.setting.batch(number), self._ask(number)
+        upcoming = _rows(self.setting.batch(number + 1))
+        foretell(self.runtime, self._ask(number + 1).probes, upcoming, normalised=self.objective.normalised)
         scores = self.runtime.score(proposal.probes, _rows(batch), normalised=self.objective.normalised)
         losses = batch_losses(self.objective, scores, batch)
         update = self.optimizer.tell(proposal, losses)
         # The fold is timed by itself, so that it does not depend on how many windows the repeats happen to cross.
         self.runtime.apply(replace(update, closes_window=False))
         return self.optimizer.loss(losses)
+
+    def _ask(self, number: int) -> Proposal:
+        interval = self.optimizer.method.interval
+        return self.optimizer.ask(self.window * interval + number % interval)
 
     def fold(self) -> None:
         """Close the window."""

@@ -38,12 +38,12 @@ class BatchOrder:
         """
         if step < 0:
             raise ValueError(f"steps are counted from 0; got {step}")
-        start = step * self.batch_size
-        return tuple(self._at(position) for position in range(start, start + self.batch_size))
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, self.n_examples)
-        return _epoch(self.n_examples, self.seed, epoch)[place]
+        epoch, place = divmod(step * self.batch_size, self.n_examples)
+        found: tuple[int, ...] = ()
+        while (due := self.batch_size - len(found)) > 0:
+            found += _epoch(self.n_examples, self.seed, epoch)[place : place + due]
+            epoch, place = epoch + 1, 0
+        return found
 
 
 @lru_cache(maxsize=4)

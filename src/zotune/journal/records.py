@@ -24,6 +24,7 @@ VERSION = 1
 CHANGEABLE = ("method.lr", "method.eps", "method.schedule", "method.warmup_steps", "steps")
 """Fields of the header that a `Change` may set: no update of an earlier step depends on them."""
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _MARK = b',"crc":"'
 
@@ -158,10 +159,10 @@ class Contents(NamedTuple):
 
 def line(record: Header | Entry | Change) -> bytes:
     """The line of a record, with null for losses that are not finite."""
-    values = asdict(record)
+    values = dict(vars(record))
     if isinstance(record, Entry):
         values["losses"] = [loss if math.isfinite(loss) else None for loss in record.losses]
-    body = json.dumps(values, separators=(",", ":"), allow_nan=False)
+    body = _ENCODER.encode(values)
     return f'{body[:-1]},"crc":"{zlib.crc32(body.encode()):08x}"}}\n'.encode()
 
 

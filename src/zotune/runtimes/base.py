@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from torch import Tensor
@@ -74,3 +74,23 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Let go of the model and of what runs it; once that is done, do nothing."""
         ...
+
+
+class Foresees(Protocol):
+    """What a runtime may have besides, that can get ready for a call of `Runtime.score` while its device works."""
+
+    def expect(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> None:
+        """Take what the call of `Runtime.score` after the next is likely to be asked; nothing depends on it.
+
+        Args:
+            probes: Perhaps of a window that the current one is followed by.
+            rows: See `Runtime.score`.
+            normalised: See there.
+        """
+        ...
+
+
+def foretell(runtime: object, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool) -> None:
+    """Let a runtime know, if it `Foresees`, what the call after the next will ask."""
+    if hasattr(runtime, "expect"):
+        cast("Foresees", runtime).expect(probes, rows, normalised=normalised)

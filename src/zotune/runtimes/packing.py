@@ -134,22 +134,22 @@ class _Sequence(NamedTuple):
 
     start: int
     length: int
-    prompt: int = 0
-    before: int = 0
+    prompt: int
+    before: int
 
 
 @dataclass
 class _Block:
-    """Tokens laid out so far."""
+    """Tokens laid out so far, and the sequences that they are."""
 
     tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
+    sequences: list[_Sequence] = field(default_factory=list)
 
-    def add(self, tokens: Sequence[int], position: int) -> int:
-        """Append tokens whose first has this position in its row; where they begin."""
+    def add(self, tokens: Sequence[int], prompt: int = 0, before: int = 0) -> int:
+        """Append a sequence, a branch of the ``before`` tokens from ``prompt`` on; where it begins."""
         start = len(self.tokens)
         self.tokens += tokens
-        self.positions += range(position, position + len(tokens))
+        self.sequences.append(_Sequence(start, len(tokens), prompt, before))
         return start
 
 
@@ -163,17 +163,18 @@ def pack(rows: Sequence[Row], *, normalised: bool, spans: bool = False) -> Pack:
         spans: Say how attention goes in spans; default: in groups.
     """
     block = _Block()
-    prompts, prompt_starts = _add_prompts(block, rows)
-    branches, branch_starts = _add_branches(block, rows, prompt_starts)
+    prompt_starts = _add_prompts(block, rows)
+    branch_starts = _add_branches(block, rows, prompt_starts)
+    laid = np.array(block.sequences)
     sources, targets, starts = _scored(rows, prompt_starts, branch_starts)
     kept, place = _distinct(sources)
     narrow = not normalised and all(row.single_token for row in rows)
     vocabulary, columns = _distinct(targets) if narrow else (None, targets)
     return Pack(
         tokens=_tensor(block.tokens),
-        positions=_tensor(block.positions),
-        groups=() if spans else _groups([*prompts, *branches]),
-        spans=_spans([*prompts, *branches]) if spans else None,
+        positions=_tensor(_positions(laid)),
+        groups=() if spans else _groups(block.sequences),
+        spans=_spans(laid) if spans else None,
         kept=_tensor(kept),
         vocabulary=None if vocabulary is None else _tensor(vocabulary),
         picked=(_tensor(place), _tensor(columns)),
@@ -192,22 +193,17 @@ def _tensor(values: Sequence[int] | np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.int64))
 
 
-def _add_prompts(block: _Block, rows: Sequence[Row]) -> tuple[list[_Sequence], list[int]]:
-    """Lay out the prompts by length; they, and where the prompt of each row begins."""
+def _add_prompts(block: _Block, rows: Sequence[Row]) -> list[int]:
+    """Lay out the prompts by length; where the prompt of each row begins."""
     starts = [0] * len(rows)
-    laid = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i].prompt)):
-        starts[i] = block.add(rows[i].prompt, 0)
-        laid.append(_Sequence(starts[i], len(rows[i].prompt)))
-    return laid, starts
+        starts[i] = block.add(rows[i].prompt)
+    return starts
 
 
-def _add_branches(
-    block: _Block, rows: Sequence[Row], prompt_starts: Sequence[int]
-) -> tuple[list[_Sequence], dict[tuple[int, int], int]]:
-    """Lay out the candidates of several tokens by length; they, and where candidate c of row i begins."""
+def _add_branches(block: _Block, rows: Sequence[Row], prompt_starts: Sequence[int]) -> dict[tuple[int, int], int]:
+    """Lay out the candidates of several tokens by length; where candidate c of row i begins."""
     starts: dict[tuple[int, int], int] = {}
-    laid = []
     # The last token of a branch predicts nothing that counts, so it is left out.
     branches = [
         (len(row.prompt), _padded(len(candidate.tokens) - 1), i, c)
@@ -216,10 +212,14 @@ def _add_branches(
         if len(candidate.tokens) > 1
     ]
     for before, _, i, c in sorted(branches):
-        tokens = rows[i].candidates[c].tokens[:-1]
-        starts[i, c] = block.add(tokens, before)
-        laid.append(_Sequence(starts[i, c], len(tokens), prompt_starts[i], before))
-    return laid, starts
+        starts[i, c] = block.add(rows[i].candidates[c].tokens[:-1], prompt_starts[i], before)
+    return starts
+
+
+def _positions(laid: np.ndarray) -> np.ndarray:
+    """The position of every token in its row, where sequences ``(n, 4)`` lie one behind the other."""
+    starts, lengths, _, before = laid.T
+    return np.arange(lengths.sum()) - np.repeat(starts - before, lengths)
 
 
 def _groups(sequences: Sequence[_Sequence]) -> tuple[Group, ...]:
@@ -228,13 +228,12 @@ def _groups(sequences: Sequence[_Sequence]) -> tuple[Group, ...]:
     return tuple(_group(list(members), before, padded) for (before, padded), members in alike)
 
 
-def _spans(sequences: Sequence[_Sequence]) -> Spans:
-    queries = np.array([each.length for each in sequences])
-    before = np.array([each.before for each in sequences])
+def _spans(laid: np.ndarray) -> Spans:
+    _, queries, _, before = laid.T
     seen = None
     if before.any():
-        looked_at = [(each.prompt, each.before, each.start, each.length) for each in sequences]
-        seen = _tensor(np.concatenate([np.r_[p : p + n, s : s + length] for p, n, s, length in looked_at]))
+        looked_at = [np.r_[prompt : prompt + n, start : start + length] for start, length, prompt, n in laid]
+        seen = _tensor(np.concatenate(looked_at))
     longest = tuple(-(-int(each.max()) // _LONGEST) * _LONGEST for each in (queries, before + queries))
     return Spans(_tensor(queries), _tensor(before + queries), seen, (longest[0], longest[1]))
 

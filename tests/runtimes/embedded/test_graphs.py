@@ -1,6 +1,6 @@
 """When a forward becomes a graph, and what packs are filled up with; what a graph gives is tried on a GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,12 +17,14 @@ from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN
 from zotune.rows import Row
 from zotune.runtimes.embedded import EmbeddedRuntime, attention, graphs
+from zotune.runtimes.embedded.ahead import Ahead
 from zotune.runtimes.embedded.graphs import Graphs, filler
 from zotune.runtimes.packing import Pack, pack
 from zotune.testing import conformance, tiny
 
 PACK = pack(tiny.rows("single", 4, longest=9), normalised=True, spans=True)
 OTHER = pack(tiny.rows("single", 5, longest=9), normalised=True, spans=True)
+GIVEN = torch.arange(6).view(1, 2, 3)
 
 
 @pytest.fixture
@@ -31,10 +33,10 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Pack]:
     found: list[Pack] = []
 
     def capture(
-        forward: Callable[[Pack], Tensor], packed: Pack, device: object, memory: object
-    ) -> Callable[[Pack], Tensor]:
+        forward: graphs.Forward, packed: Pack, given: Tensor, device: object, memory: object
+    ) -> Callable[[Any], Tensor]:
         found.append(packed)
-        forward(packed)
+        forward(packed, given)
         return lambda _: torch.tensor(-1.0)
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
@@ -42,13 +44,14 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Pack]:
     return found
 
 
-def value(_: Pack) -> Tensor:
+def value(_: Pack, given: Tensor) -> Tensor:
+    assert torch.equal(given, GIVEN)
     return torch.tensor(1.0)
 
 
 def test_a_shape_is_captured_when_it_is_seen_again(captured: list[Pack]) -> None:
     made = Graphs(torch.device("cpu"))
-    given = [float(made.run(value, each, 2, "state")) for each in (PACK, OTHER, PACK, PACK, OTHER)]
+    given = [float(made.run(value, each, GIVEN, 2, "state")) for each in (PACK, OTHER, PACK, PACK, OTHER)]
     assert given == [1, 1, -1, -1, -1]
     assert captured == [PACK, OTHER]
 
@@ -68,8 +71,8 @@ def test_a_shape_is_captured_when_it_is_seen_again(captured: list[Pack]) -> None
 def test_whatever_makes_a_difference_has_a_graph_of_its_own(packed: Pack, blocks: int, state: str) -> None:
     made = Graphs(torch.device("cpu"))
     for _ in range(3):
-        made.run(value, PACK, 2, "state")
-    assert float(made.run(value, packed, blocks, state)) == 1
+        made.run(value, PACK, GIVEN, 2, "state")
+    assert float(made.run(value, packed, GIVEN, blocks, state)) == 1
 
 
 def test_large_packs_and_too_many_shapes_run_by_themselves(
@@ -77,10 +80,10 @@ def test_large_packs_and_too_many_shapes_run_by_themselves(
 ) -> None:
     made = Graphs(torch.device("cpu"))
     blocks = graphs._LARGEST // len(PACK.tokens) + 1
-    assert [float(made.run(value, PACK, blocks, 0)) for _ in range(3)] == [1, 1, 1]
+    assert [float(made.run(value, PACK, GIVEN, blocks, 0)) for _ in range(3)] == [1, 1, 1]
     monkeypatch.setattr(graphs, "_MOST", 1)
     for each in (PACK, OTHER) * 3:
-        made.run(value, each, 2, 0)
+        made.run(value, each, GIVEN, 2, 0)
     assert captured == [PACK]
 
 
@@ -90,7 +93,7 @@ def test_a_model_that_cannot_be_captured_runs_by_itself(captured: list[Pack], mo
 
     monkeypatch.setattr(graphs, "_Captured", fail)
     made = Graphs(torch.device("cpu"))
-    assert [float(made.run(value, PACK, 2, 0)) for _ in range(4)] == [1, 1, 1, 1]
+    assert [float(made.run(value, PACK, GIVEN, 2, 0)) for _ in range(4)] == [1, 1, 1, 1]
     assert not captured
 
 
@@ -134,6 +137,16 @@ class Tape(TorchDispatchMode):
                     mine.copy_(new)
 
 
+class Mailbox:
+    """An inbox without a GPU."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.there = torch.zeros(size, dtype=torch.int64)
+
+    def write(self, tensors: Sequence[Tensor]) -> None:
+        self.there.copy_(torch.cat(list(tensors)))
+
+
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """All that is captured, on tapes; attention is one operation on them, as it is on a GPU."""
@@ -157,6 +170,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(graphs, "Inbox", Mailbox)
     monkeypatch.setattr(attention, "_kernel", attended)
     return tapes
 
@@ -168,12 +182,15 @@ def test_a_graph_sees_all_that_moves(family: Any, scope: Any, taped: list[Tape])
     ours, plain = (EmbeddedRuntime(tiny.model(family), method) for _ in range(2))
     ours._spans = plain._spans = True
     ours._graphs = Graphs(torch.device("cpu"))
+    ours._ahead = Ahead(ours._packed, ours.space.directions)  # type: ignore[arg-type]
     optimizer = Optimizer(method, 100)
     first = tiny.rows("single", 5, longest=9)
     # As long together, so of the same shape.
     batches = [first, [replace(row, prompt=row.prompt[::-1]) for row in first[::-1]]]
     for step in range(10):
         asked = optimizer.ask(step).probes
+        # Right, but for every third.
+        ours.expect(optimizer.ask(step + 1).probes, batches[(step + 1 + (step % 3 == 2)) % 2], normalised=False)
         # Filled up alike, the two have the same sums in the same order.
         rows = list(batches[step % 2])
         filled = [*rows, filler(sum(row.n_tokens for row in rows))]

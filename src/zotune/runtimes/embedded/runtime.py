@@ -22,6 +22,7 @@ from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
 from zotune.runtimes import sites
 from zotune.runtimes.embedded import attention, generation, graphs, heap, lora, modules, siblings
+from zotune.runtimes.embedded.ahead import Ahead
 from zotune.runtimes.embedded.crown import Crown
 from zotune.runtimes.embedded.trial import Trial
 from zotune.runtimes.embedded.trunk import Trunk
@@ -102,6 +103,9 @@ class EmbeddedRuntime:
         # Decay changes numbers in the operations themselves, and dense directions are drawn among them.
         steady = isinstance(self.space, LowRankSpace) and method.weight_decay == 0.0
         self._graphs = graphs.Graphs(model.device) if self._spans and steady else None
+        self._ahead: Ahead | None = None
+        if self._graphs is not None and isinstance(self.space, LowRankSpace):
+            self._ahead = Ahead(self._packed, self.space.directions)
         self.timings = Timings.of("draw", "pack", "forward", "read", "apply")
         try:
             self._try(trial)
@@ -140,6 +144,11 @@ class EmbeddedRuntime:
         together = grouped(probes, most, self._directions)
         return np.concatenate([self._score_blocks(part, rows, costs, normalised) for part in together])
 
+    def expect(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> None:
+        """What will be asked next but one; see `zotune.runtimes.base.Foresees.expect`."""
+        if self._ahead is not None:
+            self._ahead.expect(probes, rows, normalised)
+
     def _score_blocks(
         self, probes: Sequence[Probe], rows: Sequence[Row], costs: Sequence[int], normalised: bool
     ) -> np.ndarray:
@@ -148,9 +157,12 @@ class EmbeddedRuntime:
         parts = []
         for part in cut(costs, self.max_tokens // len(probes)):
             with self.timings.timed("pack"):
-                packed = self._packed(rows[part], normalised)
+                pack = self._packed if self._ahead is None else self._ahead.pack
+                packed = pack(rows[part], normalised)
             scores = self._scored(packed, len(probes))
             with self.timings.timed("read"):
+                if self._ahead is not None:
+                    self._ahead.get_ready()
                 parts.append(self._read(scores, packed))
         return np.concatenate(parts, axis=1)
 
@@ -164,9 +176,10 @@ class EmbeddedRuntime:
         space = self.space
         whole = packed.spans is not None and packed.spans.seen is None
         if self._graphs is not None and whole and isinstance(space, LowRankSpace):
-            forward = partial(self._shown_forward, blocks=blocks)
+            assert space.stage is not None
+            forward, state = partial(self._shown_forward, blocks=blocks), (id(space.stage), space.window % self._period)
             with self.timings.timed("forward"):
-                scores = self._graphs.run(forward, packed, blocks, (id(space.stage), space.window % self._period))
+                scores = self._graphs.run(forward, packed, space.stage.given, blocks, state)
             space.shown()
             return scores
         with self.timings.timed("draw"):
@@ -174,8 +187,9 @@ class EmbeddedRuntime:
         with self.timings.timed("forward"):
             return self._forward(packed.to(self.model.device), blocks)
 
-    def _shown_forward(self, packed: Pack, blocks: int) -> Tensor:
-        self.space.show()
+    def _shown_forward(self, packed: Pack, given: Tensor, blocks: int) -> Tensor:
+        assert isinstance(self.space, LowRankSpace)
+        self.space.show(given)
         return self._forward(packed, blocks)
 
     def _forward(self, packed: Pack, blocks: int) -> Tensor:

@@ -114,7 +114,7 @@ class FusedFold:
             return
         names = [self._noise[each].names for each in known]
         device = self._noise[next(iter(known))].device
-        made = onto(torch.stack(streams(np.concatenate(names), self._key)), device)
+        made = onto(streams(np.concatenate(names), self._key), device)
         self._streams |= zip(known, made.split([len(each) for each in names], dim=1), strict=True)
 
 

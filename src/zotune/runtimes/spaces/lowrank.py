@@ -121,12 +121,7 @@ class LowRankSpace:
     """
 
     def __init__(
-        self,
-        sites: Sequence[Site],
-        method: Method,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
+        self, sites: Sequence[Site], method: Method, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.method, self.device, self._dtype = method, device, dtype
         self.directions = LowRankDirections(
@@ -176,10 +171,10 @@ class LowRankSpace:
             self.stage = stage
         self._drawn, self._taken, self._due = {}, stage.take(probes, keys), True
 
-    def show(self) -> None:
-        """Draw the directions of the last `probe` and let its blocks see them, in operations on the device alone."""
+    def show(self, given: Tensor | None = None) -> None:
+        """Draw the directions of the last `probe` and let its blocks see them; see `Stage.show`."""
         if self.stage is not None and self._due:
-            self.stage.show(self.factors, self.window)
+            self.stage.show(self.factors, self.window, given)
         self.shown()
 
     def shown(self) -> None:

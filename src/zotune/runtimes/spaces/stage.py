@@ -21,7 +21,7 @@ from zotune.protocol import DirectionKey, Probe
 from zotune.runtimes.spaces.appended import AppendedProduct, Beside
 from zotune.runtimes.spaces.mixture import Mixture, Vector
 from zotune.runtimes.spaces.skinny import SkinnyProduct
-from zotune.transfer import Inbox
+from zotune.transfer import onto
 
 if TYPE_CHECKING:
     from zotune.runtimes.spaces.lowrank import LowRankMatrix
@@ -51,6 +51,10 @@ class Stage:
         blocks: Of a pack.
         directions: Between all blocks.
         dtype: What linear layers multiply in.
+
+    Attributes:
+        given: What the directions that were taken are drawn from, int64 ``(directions, 2, sites)`` on the CPU; see
+            `zotune.noise.NoiseBlock.streams`.
     """
 
     def __init__(
@@ -71,9 +75,9 @@ class Stage:
             torch.zeros(blocks, dtype=torch.int64, device=device),
             torch.zeros(blocks, 1, device=device),
         )
-        self._inbox = Inbox([2 * directions, len(layout.shapes)], torch.int64, device)
-        self._streams = self._inbox.there.view(directions, 2, len(layout.shapes))
+        self.given = torch.zeros(0, 2, len(layout.shapes), dtype=torch.int64)
         self._directions = torch.zeros(max(1, directions), layout.size, device=device)
+        self._drawn = list(self._directions[:directions])
         self._shift = torch.zeros(blocks, layout.size, device=device)
         places = dict(zip(self._states, layout.views(torch.arange(layout.size)), strict=True))
         owned = (state.product for state in self._states if not isinstance(state, Vector))
@@ -87,14 +91,14 @@ class Stage:
         self._vector_order = torch.cat(vectors).to(device) if vectors else None
         self._factors = torch.zeros(blocks, sum(map(len, matrices)), dtype=dtype, device=device)
         self._shown = torch.zeros(blocks, sum(map(len, vectors)), device=device)
-        self._views = self._seen(layout, directions)
+        self._views = self._seen(layout)
         parts = zip(products, self._factors.split(list(map(len, matrices)), dim=1), strict=True)
         self._multiplied = {product: part.unflatten(1, product.shape) for product, part in parts}
 
-    def _seen(self, layout: NoiseBlock, directions: int) -> list[Any]:
+    def _seen(self, layout: NoiseBlock) -> list[Any]:
         """What each site sees, in order: a `MatrixView`, or a vector's shift, float32 ``(blocks, n)``."""
         shifts = layout.views(self._shift)
-        drawn = list(zip(*(layout.views(flat) for flat in self._directions[:directions]), strict=True))
+        drawn = list(zip(*map(layout.views, self._drawn), strict=True))
         vectors = iter(self._shown.split([len(s.update) for s in self._states if isinstance(s, Vector)], dim=1))
         return [
             next(vectors)
@@ -133,18 +137,20 @@ class Stage:
             self._beside.mix()
             self._pattern = pattern
         if keys:
-            self._inbox.write([self._drawing.streams(key) for key in keys])
-        return dict(zip(keys, self._directions, strict=False))
+            self.given = torch.stack([self._drawing.streams(key) for key in keys])
+        return dict(zip(keys, self._drawn, strict=True))
 
-    def show(self, update: Tensor, window: int) -> None:
-        """Let the blocks see the probes that were taken, in operations on the device alone.
+    def show(self, update: Tensor, window: int, given: Tensor | None = None) -> None:
+        """Let the blocks see the probes that were taken.
 
         Args:
             update: B of all sites, flat.
             window: The current one.
+            given: The attribute where it is on the device already, so that all of this is operations there alone.
         """
-        for given, direction in zip(self._streams, self._directions, strict=False):
-            direction.copy_(self._drawing.drawn(given, window))
+        given = onto(self.given, update.device) if given is None else given
+        for streams, direction in zip(given, self._drawn, strict=True):
+            direction.copy_(self._drawing.drawn(streams, window))
         torch.index_select(self._directions, 0, self._mix.picked, out=self._shift).mul_(self._mix.amounts)
         if self._matrix_order is not None:
             dtype = self._factors.dtype
