@@ -23,10 +23,9 @@ def made(dtype: torch.dtype) -> list[Tuned]:
     mix = TokenMix(8, 3, dtype, torch.device("cpu"))
     parts = [Part(q, slice(0, 6), slice(0, 6)), Part(k, slice(6, 8), torch.tensor([0, 2]), slice(0, 5))]
     return [
-        TunedMatrix(parts, (8, 5), RANK, mix),
+        TunedMatrix(parts, (8, 5), RANK, mix, [Part(b, slice(0, 8), slice(2, 10))]),
         TunedTable(Part(e, slice(0, 9), slice(0, 9)), 12, RANK, mix),
         TunedVector([Part(g, slice(0, 5), slice(0, 5))], 5, mix),
-        TunedVector([Part(b, slice(0, 4), slice(6, 10))], 4, mix),
     ]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from zotune.layout import Site
+from zotune.runtimes.engine import tokenwise
 from zotune.runtimes.engine.tokenwise import Part, TokenMix, TunedMatrix, TunedVector
 
 CPU = torch.device("cpu")
@@ -56,4 +57,27 @@ def test_a_vector_is_what_it_is_and_every_tokens_own_directions() -> None:
     rows, stored = mixed(mix), torch.randn(7)
     module.phi.copy_(torch.randn(4, 7))
     torch.testing.assert_close(module.seen(stored, len(SEEN)), stored + rows @ module.phi)
-    torch.testing.assert_close(module.shift(len(SEEN)), rows @ module.phi)
+
+
+@pytest.mark.parametrize("step", [1, 8])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_bias_is_a_row_of_its_matrix(step: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows there are to fill up what a GPU multiplies by."""
+    monkeypatch.setattr(tokenwise, "_ALIGNED", {"cpu": step})
+    mix = TokenMix(8, 3, torch.float32, CPU)
+    weight, bias = Site("weight", (10, 5)), Site("bias", (10,))
+    whole = slice(None)
+    module = TunedMatrix([Part(weight, whole, whole)], (10, 5), 2, mix, [Part(bias, whole, whole)])
+    assert module.v.shape[1] % step == 0
+    rows = mixed(mix)
+    draw = torch.Generator().manual_seed(0)
+    v = torch.randn(5, 2, generator=draw)
+    for _, own in module._own():
+        module.v.unflatten(1, module.phi.shape[:2])[:, :, own] = v.unsqueeze(1)
+    u, z = torch.randn(4, 10, 2, generator=draw), torch.randn(4, 10, generator=draw)
+    for column in range(4):
+        module.show(column, {weight: u[column], bias: z[column]})
+    x, y = torch.randn(len(SEEN), 5, generator=draw), torch.randn(len(SEEN), 10, generator=draw)
+    expected = y + torch.einsum("ti,iw,tj,jow->to", x, v, rows, u) + biased * (rows @ z)
+    torch.testing.assert_close(module.add_to(y.clone(), x, biased), expected)
+    assert torch.equal(module.row(), z[0])

@@ -25,7 +25,7 @@ from torch import Tensor
 from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.protocol import Update
-from zotune.runtimes.engine.tokenwise import TokenSpace, Tuned, TunedVector
+from zotune.runtimes.engine.tokenwise import TokenSpace, Tuned, TunedTable, TunedVector
 from zotune.runtimes.engine.weights import Weights
 from zotune.runtimes.folding.fold import Fold
 from zotune.runtimes.folding.move import LowRankChange, Move
@@ -180,13 +180,16 @@ class Bank(Fold):
         first = module.parts[0].site
         # In the middle of a window, decay has acted on the bank as it has on the weight.
         module.keep.fill_(self.space.sites[first].keep * self.stacks[first].keep)
+        if not isinstance(module, TunedTable):
+            for part in module.vectors:
+                own = self.stacks[part.site].b * self.space.sites[part.site].keep
+                module.row()[part.local] += part.of(own).to(module.phi)
+        if isinstance(module, TunedVector) or module.bank is None or not (self._moved or module.decays):
+            return
         for index, part in enumerate(module.parts):
             stack, keep = self.stacks[part.site], self.space.sites[part.site].keep
-            if isinstance(module, TunedVector):
-                module.phi[0, part.local] += (part.of(stack.b) * keep).to(module.phi.device)
-            elif module.bank is not None and (self._moved or module.decays):
-                assert stack.v is not None
-                module.bank.show(index, stack.b * keep if module.decays else stack.b, stack.v)
+            assert stack.v is not None
+            module.bank.show(index, stack.b * keep if module.decays else stack.b, stack.v)
 
     def about(self) -> dict[str, Any]:
         """How full it is, and what recompression has cost since the engine was started.

@@ -46,7 +46,7 @@ class Layer:
     def __init__(self, path: str, module: Any) -> None:
         self.path, self.module = path, module
         self.weight: TunedMatrix | TunedTable | TunedVector | None = None
-        self.bias: TunedVector | None = None
+        self.bias: TunedVector | None = None  # A linear layer's is its weight's.
         self.plain = False
         self.calls = 0
 
@@ -88,9 +88,7 @@ class LinearLayer(Layer):
             if decays:
                 y = y.mul_(self.weight.keep)
                 y = y if bias is None else y.add_(bias)
-            y = self.weight.add_to(y, x)
-        if self.bias is not None and bias is not None:
-            y.add_(self.bias.shift(len(x)))
+            y = self.weight.add_to(y, x, bias is not None)
         return y
 
 
@@ -269,21 +267,23 @@ def wrap(places: Sequence[Place], rank: int, mix: TokenMix) -> list[Layer]:
         weights = [place.part for place in members if place.parameter == "weight"]
         biases = [place.part for place in members if place.parameter == "bias"]
         if weights:
-            layer.weight = _tuned(layer, weights, rank, mix)
-        if biases:
+            layer.weight = _tuned(layer, weights, biases, rank, mix)
+        if biases and not isinstance(layer, LinearLayer):
             layer.bias = TunedVector(biases, _size(biases), mix)
         layer.wrap()
         layers.append(layer)
     return layers
 
 
-def _tuned(layer: Layer, parts: list[Part], rank: int, mix: TokenMix) -> TunedMatrix | TunedTable | TunedVector:
+def _tuned(
+    layer: Layer, parts: list[Part], biases: list[Part], rank: int, mix: TokenMix
+) -> TunedMatrix | TunedTable | TunedVector:
     module = layer.module
     if isinstance(layer, TableLayer):
         return TunedTable(parts[0], len(module.weight), rank, mix)
     if isinstance(layer, NormLayer):
         return TunedVector(parts, _size(parts), mix)
-    return TunedMatrix(parts, (module.output_size_per_partition, module.input_size_per_partition), rank, mix)
+    return TunedMatrix(parts, (module.output_size_per_partition, module.input_size_per_partition), rank, mix, biases)
 
 
 def _size(parts: Sequence[Part]) -> int:

@@ -6,12 +6,14 @@ window, column j the j-th direction in flight. A linear layer computes
 
     y = x W^T + sum_j (mix[:, j] * x V) Phi_j^T,    Phi_0 = B,  Phi_j = eps U_j,  mix = 1 and -1, 0, +1
 
-as one skinny product behind its own; see `zotune.runtimes.spaces.lowrank` for the mathematics. All buffers keep their
-place in memory, which is what a captured graph needs.
+as one skinny product behind its own; see `zotune.runtimes.spaces.lowrank` for the mathematics. The bias of a layer is
+one more row of every ``Phi_j^T``, whose x V is one. All buffers keep their place in memory, which is what a captured
+graph needs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,6 +29,9 @@ from zotune.runtimes.spaces.lowrank import LowRankMatrix, LowRankSpace
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.bank import Bank
+
+_ALIGNED = {"cuda": 8}
+"""A GPU's products of 16-bit numbers are several times slower where an extent is no multiple of this."""
 
 Lookup = Callable[[Tensor], Tensor]
 """A module's own look-up in another table ``(rows, n)``: ``(tokens, n)``."""
@@ -139,7 +144,7 @@ class Columns:
 
 
 class TunedVector:
-    """Biases or gains ``(n,)`` of a module, as every token sees them: what they are, plus its mixture of ``phi``."""
+    """Gains or biases ``(n,)`` of a norm, as every token sees them: what they are, plus its mixture of ``phi``."""
 
     def __init__(self, parts: Sequence[Part], size: int, mix: TokenMix) -> None:
         self.parts, self.mix = tuple(parts), mix
@@ -152,30 +157,54 @@ class TunedVector:
         for part in self.parts:
             self.phi[column, part.local] = part.of(factors[part.site])
 
+    @property
+    def vectors(self) -> tuple[Part, ...]:
+        """The sites whose update is one row of ``phi``."""
+        return self.parts
+
+    def row(self) -> Tensor:
+        """That row, ``(n,)``."""
+        return self.phi[0]
+
     def seen(self, stored: Tensor, tokens: int) -> Tensor:
         """What the first tokens see of what is ``stored``, float32 ``(n,)``: float32 ``(tokens, n)``."""
-        return self._looked_up(torch.addmm(stored, self.mix.mixtures, self.phi), tokens)
-
-    def shift(self, tokens: int) -> Tensor:
-        """What the first tokens see besides what is stored, float32 ``(tokens, n)``."""
-        return self._looked_up(self.mix.mixtures @ self.phi, tokens)
-
-    def _looked_up(self, of_mixtures: Tensor, tokens: int) -> Tensor:
         # There are few mixtures and many tokens, so every mixture is worked out once.
+        of_mixtures = torch.addmm(stored, self.mix.mixtures, self.phi)
         return of_mixtures.index_select(0, self.mix.which[:tokens])
 
 
 class TunedMatrix:
-    """The linear weight of a module: one site or several side by side, whole or a shard."""
+    """The linear weight of a module, and its bias: one site or several side by side, whole or a shard.
 
-    def __init__(self, parts: Sequence[Part], shape: tuple[int, int], rank: int, mix: TokenMix) -> None:
-        self.parts, self.rank, self.mix = tuple(parts), rank, mix
-        width = rank * len(self.parts)
+    Args:
+        parts: Of the weight.
+        shape: ``(out, in)`` of the weight.
+        rank: Columns of a window's V.
+        mix: What each token sees.
+        biases: Parts of the module's bias.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        shape: tuple[int, int],
+        rank: int,
+        mix: TokenMix,
+        biases: Sequence[Part] = (),
+    ) -> None:
+        self.parts, self.vectors, self.rank, self.mix = tuple(parts), tuple(biases), rank, mix
+        self._one = rank * len(self.parts)
+        step = _ALIGNED.get(mix.device.type, 1)
+        step //= math.gcd(step, mix.columns)
+        width = -(-(self._one + bool(biases)) // step) * step
         # Once for every column: what is projected needs but one product with the tokens' mixtures then.
         self.v = torch.zeros(shape[1], mix.columns * width, dtype=mix.dtype, device=mix.device)
         # Zero wherever a site's factors do not reach another site's rows.
         self.phi = torch.zeros(mix.columns, width, shape[0], dtype=mix.dtype, device=mix.device)
         self.mixed = mix.spread(width)
+        unit = torch.zeros_like(self.v[0])
+        unit[self._one :: width] = 1.0
+        self._unit = unit if biases else None
         self.keep = torch.ones((), dtype=mix.dtype, device=mix.device)
         self.decays = False
         self.bank: Columns | None = None
@@ -189,11 +218,23 @@ class TunedMatrix:
         """Take one column's factors ``(out, r)`` of every part."""
         for part, own in self._own():
             self.phi[column, own, part.local] = part.of(factors[part.site]).T
+        for part in self.vectors:
+            self.phi[column, self._one, part.local] = part.of(factors[part.site])
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add every token's perturbation to ``y (tokens, out)``, in place; ``x`` is ``(tokens, in)``."""
-        projected = (x @ self.v).mul_(self.mixed[: len(x)])
-        y.addmm_(projected, self.phi.flatten(0, 1))
+    def row(self) -> Tensor:
+        """The update of the bias, ``(out,)``."""
+        return self.phi[0, self._one]
+
+    def add_to(self, y: Tensor, x: Tensor, biased: bool = False) -> Tensor:
+        """Add every token's perturbation to ``y (tokens, out)``, in place.
+
+        Args:
+            y: Products and perhaps bias.
+            x: ``(tokens, in)``.
+            biased: Whether that of the bias belongs here, which is one shard's.
+        """
+        projected = torch.addmm(self._unit, x, self.v) if biased and self._unit is not None else x @ self.v
+        y.addmm_(projected.mul_(self.mixed[: len(x)]), self.phi.flatten(0, 1))
         return y if self.bank is None else self.bank.add_to(y, x)
 
     def open_bank(self, budget: int) -> None:
