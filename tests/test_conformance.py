@@ -149,9 +149,22 @@ class ForgetsMomentum(OracleRuntime):
             average.zero_()
 
 
+class Believes(OracleRuntime):
+    """Scores the rows that it expects, and not those that it is asked."""
+
+    expected: Any = None
+
+    def expect(self, probes: Any, rows: Any, *, normalised: bool = True) -> None:
+        self.expected = rows
+
+    def score(self, probes: Any, rows: Any, *, normalised: bool = True) -> np.ndarray:
+        return super().score(probes, self.expected or rows, normalised=normalised)
+
+
 @pytest.mark.parametrize(
     ("broken", "check"),
     [
+        (Believes, conformance.check_repeats),
         (ForgetsBiases, conformance.check_updates),
         (SwapsSigns, conformance.check_probes),
         (ForgetsMomentum, conformance.check_state),

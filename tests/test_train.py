@@ -46,6 +46,28 @@ def configure(tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Pa
     return partial(tiny_runs.configure, tmp_path, tiny_model_folder, sentiment_files)
 
 
+def test_each_step_is_what_the_step_before_told_the_runtime_to_expect(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    expected: list[Any] = []
+
+    def expect(self: EmbeddedRuntime, probes: Any, rows: Any, *, normalised: bool = True) -> None:
+        expected.append((list(probes), list(rows), normalised))
+
+    def score(self: EmbeddedRuntime, probes: Any, rows: Any, *, normalised: bool = True) -> Any:
+        asked.append((list(probes), list(rows), normalised))
+        return scored(self, probes, rows, normalised=normalised)
+
+    scored = EmbeddedRuntime.score
+    monkeypatch.setattr(EmbeddedRuntime, "expect", expect)
+    monkeypatch.setattr(EmbeddedRuntime, "score", score)
+    zotune.start(configure(method={"interval": 3}, train={"steps": 8, "batch_size": 4, "eval_every": 3}))
+    steps = [each for each in asked if len(each[0]) > 1 and len(each[1]) == 4]
+    assert len(steps) == len(expected) == 8
+    assert steps[1:] == expected[:-1]
+
+
 def test_a_run_learns_and_its_summary_is_its_metrics(configure: Configure, tmp_path: Path) -> None:
     seen = Recorder()
     method = {"lr": 2e-3, "eps": 1e-2, "directions": 4, "interval": 10}

@@ -24,7 +24,7 @@ from zotune.presets import departures, resolve, too_near
 from zotune.protocol import Proposal
 from zotune.rows import Example, checksum
 from zotune.run import RunDirectory
-from zotune.runtimes.base import Runtime, foretell
+from zotune.runtimes.base import Runtime, foreseeing
 from zotune.runtimes.blueprint import Blueprint
 from zotune.runtimes.sites import left_out
 
@@ -94,8 +94,9 @@ class Session:
 
     def expect(self, step: int) -> None:
         """Let a runtime that can get ready for a step know of it, before the step that precedes it is scored."""
-        rows = [example.row for example in self.batch(step)[0]]
-        foretell(self.runtime, self.optimizer.ask(step).probes, rows, normalised=self.objective.normalised)
+        if (runtime := foreseeing(self.runtime)) is not None:
+            rows = [example.row for example in self.batch(step)[0]]
+            runtime.expect(self.optimizer.ask(step).probes, rows, normalised=self.objective.normalised)
 
     @cached_property
     def objective(self) -> Objective:

@@ -14,6 +14,7 @@ from zotune.bench.overhead import PHASES, host_seconds, measure, split
 from zotune.bench.results import every
 from zotune.journal import Journal
 from zotune.optimizer import Method
+from zotune.runtimes.embedded.ahead import Ahead
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,12 +84,16 @@ def test_what_a_part_takes_is_found_in_its_phase_alone(side: Any, phase: str, cl
 
 
 def test_the_host_does_not_count_what_follows_the_launches(side: Any, clock: Clock) -> None:
-    clock.slow(side.steps.runtime, "_read")
+    runtime = side.steps.runtime
+    clock.slow(runtime, "_read")
     assert split(side.steps, 2, waits=False)[0] == 1.0
-    assert host_seconds(side.steps, 2) == 0.0
+    assert host_seconds(side.steps, 2) == (0.0, 0.0)
     clock.slow(side.steps.setting.model.lm_head, "forward")
-    clock.slow(side.steps.runtime.space, "apply")
-    assert host_seconds(side.steps, 2) == 2.0
+    clock.slow(runtime.space, "apply")
+    assert host_seconds(side.steps, 2) == (2.0, 0.0)
+    runtime._ahead = Ahead(runtime._packed, runtime.space.directions)
+    clock.slow(runtime._ahead, "get_ready")
+    assert host_seconds(side.steps, 2) == (2.0, 1.0)
 
 
 def test_the_command_keeps_every_case(tmp_path: Path) -> None:

@@ -139,6 +139,23 @@ def test_truncation_is_the_best_there_is() -> None:
         assert float((b @ v.T - left @ right.T).norm()) == pytest.approx(cut, rel=1e-3, abs=1e-3)
 
 
+def test_a_bias_of_sixteen_bits_is_shown_with_one_rounding() -> None:
+    sites = Site("layer.weight", (40, 30)), Site("layer.bias", (40,))
+    method = Method(rank=2, interval=3, lr=0.1)
+    mix, whole = TokenMix(8, 1, torch.bfloat16, CPU), slice(0, 40)
+    weight, bias = (Part(site, whole, slice(None)) for site in sites)
+    module = TunedMatrix([weight], sites[0].shape, method.rank, mix, [bias])
+    space = TokenSpace(list(sites), method, 0, CPU)
+    space.attach([module], mix)
+    bank = Bank(space, 12, list(sites), lambda: pytest.fail("a quantised weight was asked for"))
+    case = Case(lambda *_, **__: None, "llama", method)  # type: ignore[arg-type, return-value]
+    for update in case.updates(10):
+        bank.apply(update) if update.closes_window else space.apply(update, {}, bank)
+        exact = bank.stacks[sites[1]].b + space.sites[sites[1]].update
+        assert torch.equal(module.vector(), exact.bfloat16())
+    assert bank.stacks[sites[1]].b.any()
+
+
 def test_recompression_keeps_within_the_error_that_it_states() -> None:
     site = Site("layer.weight", (40, 30))
     method = Method(rank=2, interval=1, lr=1.0, weight_decay=0.1)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from zotune.layout import Site
-from zotune.runtimes.engine import tokenwise
 from zotune.runtimes.engine.tokenwise import Part, TokenMix, TunedMatrix, TunedVector
+from zotune.runtimes.spaces import skinny
+from zotune.runtimes.spaces.lowrank import LowRankMatrix
 
 CPU = torch.device("cpu")
 SEEN = [(0, 0), (1, 1), (1, -1), (3, 1), (3, -1), (0, 0)]
@@ -43,9 +44,9 @@ def test_a_matrix_adds_every_tokens_own_directions(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     v = torch.randn(5, 4, generator=draw)
     module.phi.copy_(torch.randn(module.phi.shape, generator=draw))
-    module.v.unflatten(1, (4, 4)).copy_(v.unsqueeze(1))
+    module.v.copy_(v.repeat(1, 4))
     x, y = torch.randn(len(SEEN), 5, generator=draw), torch.randn(len(SEEN), 10, generator=draw)
-    expected = y + torch.einsum("ti,iw,tj,jwo->to", x, v, rows, module.phi.float())
+    expected = y + torch.einsum("ti,iw,tj,jwo->to", x, v, rows, module.phi.float().unflatten(0, (4, 4)))
     got = module.add_to(y.to(dtype), x.to(dtype)).float()
     torch.testing.assert_close(got, expected, **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.2}))
 
@@ -59,25 +60,26 @@ def test_a_vector_is_what_it_is_and_every_tokens_own_directions() -> None:
     torch.testing.assert_close(module.seen(stored, len(SEEN)), stored + rows @ module.phi)
 
 
-@pytest.mark.parametrize("step", [1, 8])
+@pytest.mark.parametrize(("step", "factors"), [(1, 12), (8, 16)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_bias_is_a_row_of_its_matrix(step: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many rows there are to fill up what a GPU multiplies by."""
-    monkeypatch.setattr(tokenwise, "_ALIGNED", {"cpu": step})
+def test_a_bias_is_a_row_of_its_matrix(step: int, factors: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows fill up what a GPU multiplies by."""
+    monkeypatch.setattr(skinny, "_ALIGNED", {"cpu": step})
     mix = TokenMix(8, 3, torch.float32, CPU)
     weight, bias = Site("weight", (10, 5)), Site("bias", (10,))
     whole = slice(None)
     module = TunedMatrix([Part(weight, whole, whole)], (10, 5), 2, mix, [Part(bias, whole, whole)])
-    assert module.v.shape[1] % step == 0
+    assert module.v.shape == (5, factors)
     rows = mixed(mix)
     draw = torch.Generator().manual_seed(0)
     v = torch.randn(5, 2, generator=draw)
-    for _, own in module._own():
-        module.v.unflatten(1, module.phi.shape[:2])[:, :, own] = v.unsqueeze(1)
+    state = LowRankMatrix(torch.zeros(10, 2))
+    state.open_window(v)
+    module.open_window({weight: state})
     u, z = torch.randn(4, 10, 2, generator=draw), torch.randn(4, 10, generator=draw)
     for column in range(4):
         module.show(column, {weight: u[column], bias: z[column]})
     x, y = torch.randn(len(SEEN), 5, generator=draw), torch.randn(len(SEEN), 10, generator=draw)
     expected = y + torch.einsum("ti,iw,tj,jow->to", x, v, rows, u) + biased * (rows @ z)
     torch.testing.assert_close(module.add_to(y.clone(), x, biased), expected)
-    assert torch.equal(module.row(), z[0])
+    assert torch.equal(module.vector(), z[0])

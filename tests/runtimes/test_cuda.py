@@ -62,6 +62,9 @@ def test_a_graph_gives_what_its_operations_give(family: str, scope: str, monkeyp
     method = Method(scope=scope, eps=1e-2, lr=1e-3, interval=3, directions=2)  # type: ignore[arg-type]
     ours, plain = runtime(family, method), runtime(family, method)
     monkeypatch.setattr(plain._graphs, "_able", False)
+    monkeypatch.setattr(plain, "_ahead", None)
+    packed = []
+    monkeypatch.setattr(ours._ahead, "_pack", lambda *args: packed.append(args) or ours._packed(*args))
     batches = [tiny.rows("single", 5, seed=seed, longest=9) for seed in range(2)]
     for step in range(10):
         asked = probes(step, method)
@@ -73,6 +76,7 @@ def test_a_graph_gives_what_its_operations_give(family: str, scope: str, monkeyp
             each.apply(Optimizer(method, 100).update(step, (2.0, -1.0)))
     assert ours._graphs is not None
     assert ours._graphs._captured
+    assert len(packed) == 10 + 1 + 3, "one for each step, for the first, and for what was not expected"
     assert all(torch.equal(a, b) for a, b in zip(ours.state().values(), plain.state().values(), strict=True))
 
 

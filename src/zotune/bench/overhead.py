@@ -88,34 +88,36 @@ def measure(side: sides.Side, case: Case, repeats: int) -> Mapping[str, Any]:
         * ``step_s``: mean of a whole step, with a 1/interval share of the fold;
         * ``host_s``: of a step, what the host takes until the forward is launched, and after its scores are there; None
           on a CPU, where nothing is launched;
+        * ``hidden_s``: what it does for the next step in between, while the device works; None on a CPU;
         * ``phases_s``: mean seconds of each of `PHASES`; they sum to ``step_s``. On a GPU the embedded runtime is made
           to wait between phases, and an engine is not: there the head has what the device is late with;
         * ``repeats``.
     """
     stepper = cast("Stepper", side.steps)
     step_s, phases = split(stepper, repeats, waits=True)
-    host_s = host_seconds(stepper, repeats) if stepper.device.type == "cuda" else None
+    host_s, hidden_s = host_seconds(stepper, repeats) if stepper.device.type == "cuda" else (None, None)
     fold = fold_seconds(stepper) / side.method.interval
     return {
         "step_s": step_s + fold,
         "host_s": host_s,
+        "hidden_s": hidden_s,
         "phases_s": {name: fold if name == "fold" else phases[name] for name in PHASES},
         "repeats": repeats,
     }
 
 
-def host_seconds(stepper: Stepper, repeats: int) -> float:
-    """Mean seconds of a step in which the host does not wait for the device.
+def host_seconds(stepper: Stepper, repeats: int) -> tuple[float, float]:
+    """Mean seconds of a step in which the device waits for the host, and in which the host works beside it.
 
-    It waits, in the embedded runtime, while it reads the scores. An engine's head, which ends in waiting, is left out
-    whole.
+    The device works, in the embedded runtime, from when the forward is launched until the scores are read. An engine's
+    head, which ends in waiting, is left out whole.
     """
     step_s, phases = split(stepper, repeats, waits=False)
-    return step_s - phases["waiting"]
+    return step_s - phases["waiting"] - phases["hidden"], phases["hidden"]
 
 
 def split(stepper: Stepper, repeats: int, *, waits: bool) -> tuple[float, dict[str, float]]:
-    """Mean seconds of a step without its fold, and of its phases; ``waiting`` is part of them.
+    """Mean seconds of a step without its fold, and of its phases; ``waiting`` and ``hidden`` are part of them.
 
     Args:
         stepper: In its first window.
@@ -161,10 +163,11 @@ def _phases(
         runtime: By the runtime's own phases.
         clock: Of the model's forwards; it sees none of an engine's, which has a phase ``head`` of its own.
     """
+    beside = runtime.get("ahead", 0.0)
     found = {
         "draw": runtime["draw"] + clock.before,
         "pack": runtime["pack"],
-        "forward": runtime["forward"] + runtime.get("read", 0.0) - clock.before - clock.head,
+        "forward": runtime["forward"] + beside + runtime.get("read", 0.0) - clock.before - clock.head,
         "head": runtime.get("head", 0.0) + clock.head,
         "loss": spent["loss"],
         "rpc": spent["score"] + spent["apply"] - sum(runtime.values()),
@@ -172,7 +175,7 @@ def _phases(
         "journal": spent["journal"],
     }
     found["other"] = total - sum(found.values())
-    return found | {"waiting": runtime["read"] if "read" in runtime else runtime["head"]}
+    return found | {"waiting": runtime["read"] if "read" in runtime else runtime["head"], "hidden": beside}
 
 
 @dataclass(frozen=True)

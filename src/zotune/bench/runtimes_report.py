@@ -32,7 +32,7 @@ class RuntimeReport:
     @property
     def overhead_share(self) -> float:
         """Share of the step's time that is neither forward nor output head."""
-        scoring = self.phases["forward"] + self.phases.get("read", 0.0) + self.phases.get("head", 0.0)
+        scoring = sum(self.phases.get(name, 0.0) for name in ("forward", "ahead", "read", "head"))
         return 1 - scoring / sum(self.phases.values())
 
 

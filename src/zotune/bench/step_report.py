@@ -84,7 +84,7 @@ class StepReport:
     @property
     def forward_share(self) -> float:
         """Share of the step's time that is the forward."""
-        return (self.phases["forward"] + self.phases["read"]) / sum(self.phases.values())
+        return sum(self.phases[name] for name in ("forward", "ahead", "read")) / sum(self.phases.values())
 
     def to_json(self) -> dict[str, Any]:
         """Everything, flat but for ``phases``, ``versions`` and ``memory``; rates and shares included."""

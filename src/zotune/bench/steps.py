@@ -26,7 +26,7 @@ from zotune.presets import PRESETS
 from zotune.protocol import Probe, Proposal, Update
 from zotune.rows import Example, Row
 from zotune.runtimes import precision
-from zotune.runtimes.base import foretell
+from zotune.runtimes.base import foreseeing
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.testing.baselines.official import OfficialLozo
 
@@ -256,8 +256,9 @@ class Stepper:
     def step(self, number: int) -> float:
         """One step on the batch of this number; gives the loss."""
         batch, proposal = self.setting.batch(number), self._ask(number)
-        upcoming = _rows(self.setting.batch(number + 1))
-        foretell(self.runtime, self._ask(number + 1).probes, upcoming, normalised=self.objective.normalised)
+        if (runtime := foreseeing(self.runtime)) is not None:
+            rows = _rows(self.setting.batch(number + 1))
+            runtime.expect(self._ask(number + 1).probes, rows, normalised=self.objective.normalised)
         scores = self.runtime.score(proposal.probes, _rows(batch), normalised=self.objective.normalised)
         losses = batch_losses(self.objective, scores, batch)
         update = self.optimizer.tell(proposal, losses)

@@ -90,7 +90,6 @@ class Foresees(Protocol):
         ...
 
 
-def foretell(runtime: object, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool) -> None:
-    """Let a runtime know, if it `Foresees`, what the call after the next will ask."""
-    if hasattr(runtime, "expect"):
-        cast("Foresees", runtime).expect(probes, rows, normalised=normalised)
+def foreseeing(runtime: object) -> Foresees | None:
+    """The runtime, if it can get ready for what it will be asked."""
+    return cast("Foresees", runtime) if hasattr(runtime, "expect") else None

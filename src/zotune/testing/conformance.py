@@ -26,7 +26,7 @@ from zotune.objectives import CandidateCrossEntropy
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN, DirectionKey, Probe, Update
 from zotune.rows import Example, Row
-from zotune.runtimes.base import Runtime
+from zotune.runtimes.base import Runtime, foreseeing
 from zotune.testing import oracle, tiny
 from zotune.testing.reference import OracleRuntime
 
@@ -225,11 +225,13 @@ def check_empty_update(case: Case) -> None:
 
 
 def check_repeats(case: Case) -> None:
-    """Scoring has no effect: the same question has the same answer, bit for bit, whatever was asked in between."""
+    """The same question has the same answer, bit for bit, whatever was asked or expected in between."""
     runtime = case.runtime()
     rows, probes = tiny.rows("mixed", 5, seed=10), case.probes()
     first = runtime.score(probes, rows)
     runtime.score(case.probes(directions=3), tiny.rows("multi", 3, seed=11), normalised=False)
+    if (foresees := foreseeing(runtime)) is not None:
+        foresees.expect(case.probes(step=1), tiny.rows("mixed", 5, seed=11))
     np.testing.assert_array_equal(runtime.score(probes, rows), first)
 
 

@@ -20,6 +20,7 @@ from zotune.runtimes.embedded import EmbeddedRuntime, attention, graphs
 from zotune.runtimes.embedded.ahead import Ahead
 from zotune.runtimes.embedded.graphs import Graphs, filler
 from zotune.runtimes.packing import Pack, pack
+from zotune.runtimes.spaces.stage import Stage
 from zotune.testing import conformance, tiny
 
 PACK = pack(tiny.rows("single", 4, longest=9), normalised=True, spans=True)
@@ -175,14 +176,28 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     return tapes
 
 
-@pytest.mark.parametrize("scope", ["all", "linear", "last-layers"])
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_a_graph_sees_all_that_moves(family: Any, scope: Any, taped: list[Tape]) -> None:
-    method = Method(scope=scope, eps=1e-2, lr=1e-3, interval=3, directions=2)
-    ours, plain = (EmbeddedRuntime(tiny.model(family), method) for _ in range(2))
+def both(family: Any, method: Method, **options: Any) -> tuple[EmbeddedRuntime, EmbeddedRuntime]:
+    """A runtime that captures graphs and gets ready ahead, and one that does neither; both on a CPU."""
+    ours, plain = EmbeddedRuntime(tiny.model(family), method, **options), EmbeddedRuntime(tiny.model(family), method)
     ours._spans = plain._spans = True
     ours._graphs = Graphs(torch.device("cpu"))
     ours._ahead = Ahead(ours._packed, ours.space.directions)  # type: ignore[arg-type]
+    return ours, plain
+
+
+def alike(ours: EmbeddedRuntime, plain: EmbeddedRuntime) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours.state().values(), plain.state().values(), strict=True))
+
+
+@pytest.mark.parametrize("scope", ["all", "linear", "last-layers"])
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_graph_sees_all_that_moves(
+    family: Any, scope: Any, taped: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = Method(scope=scope, eps=1e-2, lr=1e-3, interval=3, directions=2)
+    ours, plain = both(family, method)
+    made: list[Pack] = []
+    monkeypatch.setattr(ours._ahead, "_pack", lambda *args: made.append(ours._packed(*args)) or made[-1])
     optimizer = Optimizer(method, 100)
     first = tiny.rows("single", 5, longest=9)
     # As long together, so of the same shape.
@@ -192,11 +207,55 @@ def test_a_graph_sees_all_that_moves(family: Any, scope: Any, taped: list[Tape])
         # Right, but for every third.
         ours.expect(optimizer.ask(step + 1).probes, batches[(step + 1 + (step % 3 == 2)) % 2], normalised=False)
         # Filled up alike, the two have the same sums in the same order.
-        rows = list(batches[step % 2])
+        rows = batches[step % 2]
         filled = [*rows, filler(sum(row.n_tokens for row in rows))]
         scores = ours.score(asked, rows, normalised=False)
         assert np.array_equal(scores, plain.score(asked, filled, normalised=False))
         for each in (ours, plain):
             each.apply(optimizer.update(step, (2.0, -1.0)))
     assert len(taped) == (2 if scope == "last-layers" else 1)
-    assert all(torch.equal(a, b) for a, b in zip(ours.state().values(), plain.state().values(), strict=True))
+    assert len(made) == 10 + 1 + 3, "one for each step, for the first, and for what was not expected"
+    assert alike(ours, plain)
+
+
+def test_a_graph_of_a_part_of_a_batch_draws_for_itself(taped: list[Tape]) -> None:
+    method = Method(eps=1e-2, lr=1e-3, interval=3)
+    # Equally long rows, four in a forward, so that every part has the same graph.
+    rows = [Row((3 + at, 5, 7, 9), candidates=tiny.rows("single", 1, longest=9)[0].candidates) for at in range(8)]
+    ours, plain = both("llama", method, max_tokens=2 * 4 * 4)
+    optimizer = Optimizer(method, 100)
+    for step in range(6):
+        asked = optimizer.ask(step).probes
+        ours.expect(optimizer.ask(step + 1).probes, rows, normalised=False)
+        scores = ours.score(asked, rows, normalised=False)
+        parts = [[*part, filler(16)] for part in (rows[:4], rows[4:])]
+        expected = [plain.score(asked, part, normalised=False) for part in parts]
+        assert np.array_equal(scores, np.concatenate(expected, axis=1))
+        for each in (ours, plain):
+            each.apply(optimizer.update(step, (2.0,)))
+    assert len(taped) == 1
+    assert alike(ours, plain)
+
+
+@pytest.mark.usefixtures("taped")
+def test_a_step_whose_capture_fails_sees_its_own_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Method(eps=1e-2, lr=1e-3, interval=3)
+    ours, plain = both("llama", method)
+
+    def fail(forward: graphs.Forward, packed: Pack, given: Tensor, *_: object) -> None:
+        # On a GPU nothing of a capture is done.
+        with monkeypatch.context() as patch:
+            patch.setattr(Stage, "show", lambda *_: None)
+            forward(packed, given)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "_Captured", fail)
+    optimizer, rows = Optimizer(method, 100), list(tiny.rows("single", 5, longest=9))
+    filled = [*rows, filler(sum(row.n_tokens for row in rows))]
+    for step in range(4):
+        asked = optimizer.ask(step).probes
+        scores = ours.score(asked, rows, normalised=False)
+        assert np.array_equal(scores, plain.score(asked, filled, normalised=False))
+        for each in (ours, plain):
+            each.apply(optimizer.update(step, (2.0,)))
+    assert alike(ours, plain)

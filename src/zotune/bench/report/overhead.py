@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 _NOTE = (
     "Milliseconds of a step by phase; the fold is a share of one, as it comes once in a window. `rpc`: what a call of "
-    "the runtime takes beyond its phases. `host`: on a GPU, what the host takes without waiting for the device; the "
-    "aim is 1.5 ms."
+    "the runtime takes beyond its phases. `host`: on a GPU, what the host takes while the device waits for it; the aim "
+    "is 1.5 ms. `hidden`: what it gets ready for the next step while the device works."
 )
 
 
@@ -39,14 +39,14 @@ def _table(results: Sequence[Result]) -> str:
     phases = list(results[0].figures["phases_s"])
     settings = ("model", "runtime", "scope", "batch_size", "rank", "directions")
     headings = ["model", "runtime", "scope", "batch", "rank", "directions", "step", *phases]
-    headings += ["not forward or head", "host"]
+    headings += ["not forward or head", "host", "hidden"]
     rows = [
         [
             *(result.case[name] for name in settings),
             _ms(result.figures["step_s"]),
             *(_ms(result.figures["phases_s"][name]) for name in phases),
             f"{_rest(result):.1%}",
-            _ms(result.figures["host_s"]) if result.figures["host_s"] is not None else "",
+            *("" if (value := result.figures.get(name)) is None else _ms(value) for name in ("host_s", "hidden_s")),
         ]
         for result in results
     ]

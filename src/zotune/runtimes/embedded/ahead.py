@@ -37,6 +37,6 @@ class Ahead:
 
     def pack(self, rows: Sequence[Row], normalised: bool) -> Pack:
         """The pack of these rows, which may be there already."""
-        if self._made is not None and self._made[:2] == (rows, normalised):
+        if self._made is not None and self._made[:2] == (list(rows), normalised):
             return self._made[2]
         return self._pack(rows, normalised)

@@ -55,7 +55,7 @@ class Graphs:
             forward: Depends on nothing but the pack's tensors, what is given with it, tensors that stay where they are,
                 and ``state``.
             pack: On the CPU.
-            given: Another tensor of int64, as large as ever in this state; on the CPU.
+            given: Another tensor of int64, on the CPU.
             blocks: That it is computed for.
             state: What else may make a difference to the operations of the forward.
         """

@@ -106,7 +106,7 @@ class EmbeddedRuntime:
         self._ahead: Ahead | None = None
         if self._graphs is not None and isinstance(self.space, LowRankSpace):
             self._ahead = Ahead(self._packed, self.space.directions)
-        self.timings = Timings.of("draw", "pack", "forward", "read", "apply")
+        self.timings = Timings.of("draw", "pack", "forward", "ahead", "read", "apply")
         try:
             self._try(trial)
         except Exception:
@@ -141,8 +141,9 @@ class EmbeddedRuntime:
         while most > 1 and most * largest > self.max_tokens:
             # By halves, because what blocks see is kept for every number of them that there was.
             most = -(-most // 2)
-        together = grouped(probes, most, self._directions)
-        return np.concatenate([self._score_blocks(part, rows, costs, normalised) for part in together])
+        together = list(grouped(probes, most, self._directions))
+        alone = len(together) == 1
+        return np.concatenate([self._score_blocks(part, rows, costs, normalised, alone) for part in together])
 
     def expect(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> None:
         """What will be asked next but one; see `zotune.runtimes.base.Foresees.expect`."""
@@ -150,21 +151,23 @@ class EmbeddedRuntime:
             self._ahead.expect(probes, rows, normalised)
 
     def _score_blocks(
-        self, probes: Sequence[Probe], rows: Sequence[Row], costs: Sequence[int], normalised: bool
+        self, probes: Sequence[Probe], rows: Sequence[Row], costs: Sequence[int], normalised: bool, alone: bool
     ) -> np.ndarray:
         with self.timings.timed("draw"):
             self.space.probe(probes)
-        parts = []
-        for part in cut(costs, self.max_tokens // len(probes)):
+        found, parts = [], list(cut(costs, self.max_tokens // len(probes)))
+        for part in parts:
             with self.timings.timed("pack"):
                 pack = self._packed if self._ahead is None else self._ahead.pack
                 packed = pack(rows[part], normalised)
             scores = self._scored(packed, len(probes))
-            with self.timings.timed("read"):
-                if self._ahead is not None:
+            # Where a step is many forwards, so is the next, and has no such pack.
+            if self._ahead is not None and alone and len(parts) == 1:
+                with self.timings.timed("ahead"):
                     self._ahead.get_ready()
-                parts.append(self._read(scores, packed))
-        return np.concatenate(parts, axis=1)
+            with self.timings.timed("read"):
+                found.append(self._read(scores, packed))
+        return np.concatenate(found, axis=1)
 
     def _packed(self, rows: Sequence[Row], normalised: bool) -> Pack:
         if self._graphs is not None and all(row.single_token for row in rows):

@@ -182,8 +182,9 @@ class Bank(Fold):
         module.keep.fill_(self.space.sites[first].keep * self.stacks[first].keep)
         if not isinstance(module, TunedTable):
             for part in module.vectors:
-                own = self.stacks[part.site].b * self.space.sites[part.site].keep
-                module.row()[part.local] += part.of(own).to(module.phi)
+                state = self.space.sites[part.site]
+                # Rounded once, because what is shown is the bank and the window's update in one number.
+                module.vector()[part.local] = part.of(self.stacks[part.site].b * state.keep + state.update)
         if isinstance(module, TunedVector) or module.bank is None or not (self._moved or module.decays):
             return
         for index, part in enumerate(module.parts):

@@ -6,6 +6,7 @@ quantised or replaced weight. Normalisations are plain tensor code, which a comp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zotune.errors import ModelError
-from zotune.runtimes.engine.tokenwise import Part, TokenMix, TunedMatrix, TunedTable, TunedVector
+from zotune.runtimes.engine.tokenwise import Part, TokenMix, Tuned, TunedMatrix, TunedTable, TunedVector
 from zotune.runtimes.norms import Formula, normalised_, shown
 from zotune.runtimes.own_forward import own_forward
 
@@ -40,29 +41,58 @@ class Place:
     part: Part
 
 
-class Layer:
-    """A wrapped module: what was there, and what it is tuned by."""
+class Layer(ABC):
+    """A wrapped module: what was there, and what it is tuned by.
+
+    Attributes:
+        tuned: What of the module is.
+        plain: Whether to do only what was there.
+        calls: So far.
+    """
 
     def __init__(self, path: str, module: Any) -> None:
         self.path, self.module = path, module
-        self.weight: TunedMatrix | TunedTable | TunedVector | None = None
-        self.bias: TunedVector | None = None  # A linear layer's is its weight's.
+        self.tuned: list[Tuned] = []
         self.plain = False
         self.calls = 0
 
-    @property
-    def tuned(self) -> list[TunedMatrix | TunedTable | TunedVector]:
-        """What of the module is tuned."""
-        return [each for each in (self.weight, self.bias) if each is not None]
+    @abstractmethod
+    def tune(self, weights: Sequence[Part], biases: Sequence[Part], rank: int, mix: TokenMix) -> None:
+        """Add what these parts of weight and bias are tuned by.
+
+        Raises:
+            ModelError: The engine does not let a token have a bias of its own there.
+        """
+
+    @abstractmethod
+    def wrap(self) -> None:
+        """Take the module's place."""
+
+    def _refuse(self, biases: Sequence[Part]) -> None:
+        for part in biases:
+            raise ModelError(
+                f"vLLM adds {part.site.name} where zotune cannot tune it. Set method.scope = 'linear', or "
+                "runtime.type = 'torch'."
+            )
 
 
 class LinearLayer(Layer):
     """A linear layer, wrapped at its ``quant_method``: stands for it, and passes on all but ``apply``."""
 
+    weight: TunedMatrix
+
     def __init__(self, path: str, module: Any) -> None:
         super().__init__(path, module)
         self.base = module.quant_method
         self.key = _LAYERS.add(self)
+
+    def tune(self, weights: Sequence[Part], biases: Sequence[Part], rank: int, mix: TokenMix) -> None:
+        """See `Layer.tune`."""
+        if not weights or getattr(self.module, "skip_bias_add", False):
+            self._refuse(biases)
+        shape = self.module.output_size_per_partition, self.module.input_size_per_partition
+        self.weight = TunedMatrix(weights, shape, rank, mix, biases)
+        self.tuned = [self.weight]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
@@ -82,24 +112,33 @@ class LinearLayer(Layer):
         self.calls += 1
         if self.plain:
             return self.base.apply(self.module, x, bias)
-        decays = isinstance(self.weight, TunedMatrix) and self.weight.decays
-        y = self.base.apply(self.module, x, None if decays else bias)
-        if isinstance(self.weight, TunedMatrix):
-            if decays:
-                y = y.mul_(self.weight.keep)
-                y = y if bias is None else y.add_(bias)
-            y = self.weight.add_to(y, x, bias is not None)
-        return y
+        y = self.base.apply(self.module, x, None if self.weight.decays else bias)
+        if self.weight.decays:
+            y = y.mul_(self.weight.keep)
+            y = y if bias is None else y.add_(bias)
+        return self.weight.add_to(y, x, bias is not None)
 
 
 class TableLayer(Layer):
-    """An embedding, perhaps also the output head."""
+    """An embedding, perhaps also the output head.
+
+    Attributes:
+        weight: What it is tuned by.
+    """
+
+    weight: TunedTable
 
     def __init__(self, path: str, module: Any) -> None:
         super().__init__(path, module)
         self.base = getattr(module, "quant_method", None)
         self.key = _LAYERS.add(self)
         self._forward = module.forward
+
+    def tune(self, weights: Sequence[Part], biases: Sequence[Part], rank: int, mix: TokenMix) -> None:
+        """See `Layer.tune`; the bias of a head is added to logits."""
+        self._refuse(biases)
+        self.weight = TunedTable(weights[0], len(self.module.weight), rank, mix)
+        self.tuned = [self.weight]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
@@ -121,7 +160,7 @@ class TableLayer(Layer):
         """What `embedding` does, whatever the compiler sees."""
         self.calls += 1
         found = self._lookup(self.module.weight, ids)
-        if self.plain or not isinstance(self.weight, TunedTable):
+        if self.plain:
             return found
         return self.weight.embed(lambda table: self._lookup(table, ids), found)
 
@@ -135,12 +174,11 @@ class TableLayer(Layer):
         """Logits for the engine's own requests, which see the model without directions."""
         assert self.base is not None
         y: Tensor = self.base.apply(layer, x, bias)
-        if self.plain or not isinstance(self.weight, TunedTable):
+        if self.plain:
             return y
-        table = self.weight
-        if table.decays:
-            y = y.mul_(table.keep)
-        return y.add_(table.learnt(x.float()))
+        if self.weight.decays:
+            y = y.mul_(self.weight.keep)
+        return y.add_(self.weight.learnt(x.float()))
 
 
 class NormLayer(Layer):
@@ -158,6 +196,16 @@ class NormLayer(Layer):
         self._stored_bias = getattr(module, "bias", None)
         self._dtype = module.weight.dtype
         self._formula = self._tried(module.forward)
+        self.weight: TunedVector | None = None
+        self.bias: TunedVector | None = None
+
+    def tune(self, weights: Sequence[Part], biases: Sequence[Part], rank: int, mix: TokenMix) -> None:
+        """See `Layer.tune`."""
+        self.weight, self.bias = (
+            TunedVector(parts, max(part.local.stop for part in parts), mix) if parts else None
+            for parts in (weights, biases)
+        )
+        self.tuned = [each for each in (self.weight, self.bias) if each is not None]
 
     def wrap(self) -> None:
         """Take the place of the module's forward."""
@@ -177,7 +225,7 @@ class NormLayer(Layer):
 
     def _gain(self, tokens: int) -> Tensor:
         stored = self._stored.float()
-        if not isinstance(self.weight, TunedVector):
+        if self.weight is None:
             return (stored + self._formula.offset).expand(tokens, -1)
         kept = stored * self.weight.keep if self.weight.decays else stored
         return self.weight.seen(kept + self._formula.offset, tokens)
@@ -266,28 +314,10 @@ def wrap(places: Sequence[Place], rank: int, mix: TokenMix) -> list[Layer]:
         layer: Any = _KINDS[members[0].kind](path, members[0].module)
         weights = [place.part for place in members if place.parameter == "weight"]
         biases = [place.part for place in members if place.parameter == "bias"]
-        if weights:
-            layer.weight = _tuned(layer, weights, biases, rank, mix)
-        if biases and not isinstance(layer, LinearLayer):
-            layer.bias = TunedVector(biases, _size(biases), mix)
+        layer.tune(weights, biases, rank, mix)
         layer.wrap()
         layers.append(layer)
     return layers
-
-
-def _tuned(
-    layer: Layer, parts: list[Part], biases: list[Part], rank: int, mix: TokenMix
-) -> TunedMatrix | TunedTable | TunedVector:
-    module = layer.module
-    if isinstance(layer, TableLayer):
-        return TunedTable(parts[0], len(module.weight), rank, mix)
-    if isinstance(layer, NormLayer):
-        return TunedVector(parts, _size(parts), mix)
-    return TunedMatrix(parts, (module.output_size_per_partition, module.input_size_per_partition), rank, mix, biases)
-
-
-def _size(parts: Sequence[Part]) -> int:
-    return max(part.local.stop for part in parts)
 
 
 class _Registry:

@@ -13,12 +13,12 @@ graph needs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zotune.layout import Site
@@ -26,12 +26,10 @@ from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.engine.scatter import Scatter
 from zotune.runtimes.folding.fold import Fold
 from zotune.runtimes.spaces.lowrank import LowRankMatrix, LowRankSpace
+from zotune.runtimes.spaces.skinny import filled
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.bank import Bank
-
-_ALIGNED = {"cuda": 8}
-"""A GPU's products of 16-bit numbers are several times slower where an extent is no multiple of this."""
 
 Lookup = Callable[[Tensor], Tensor]
 """A module's own look-up in another table ``(rows, n)``: ``(tokens, n)``."""
@@ -82,7 +80,7 @@ class TokenMix:
         self.which = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.exact = self.mixtures[self.which]
         self.dtype, self.device = dtype, device
-        self._spread: dict[int, tuple[Tensor, Tensor]] = {}
+        self._spread: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def number(column: int, sign: int) -> int:
@@ -94,12 +92,14 @@ class TokenMix:
         """Of every token's mixture."""
         return self.exact.shape[1]
 
-    def spread(self, width: int) -> Tensor:
-        """Every token's mixture in the model's dtype, each number so many times: ``(tokens, columns * width)``."""
-        if width not in self._spread:
-            mixtures = self.mixtures.repeat_interleave(width, 1).to(self.dtype)
-            self._spread[width] = mixtures, mixtures[self.which]
-        return self._spread[width][1]
+    def spread(self, width: int, size: int) -> Tensor:
+        """Every token's mixture in the model's dtype, each number so many times, then zeros: ``(tokens, size)``."""
+        key = width, size
+        if key not in self._spread:
+            repeated = self.mixtures.repeat_interleave(width, 1).to(self.dtype)
+            mixtures = F.pad(repeated, (0, size - repeated.shape[1]))
+            self._spread[key] = mixtures, mixtures[self.which]
+        return self._spread[key][1]
 
     def show(self, numbers: Tensor) -> None:
         """Give the first tokens the mixtures of these numbers, int64."""
@@ -159,11 +159,11 @@ class TunedVector:
 
     @property
     def vectors(self) -> tuple[Part, ...]:
-        """The sites whose update is one row of ``phi``."""
+        """The parts that are vectors."""
         return self.parts
 
-    def row(self) -> Tensor:
-        """That row, ``(n,)``."""
+    def vector(self) -> Tensor:
+        """What is shown of their update, ``(n,)``."""
         return self.phi[0]
 
     def seen(self, stored: Tensor, tokens: int) -> Tensor:
@@ -193,37 +193,37 @@ class TunedMatrix:
         biases: Sequence[Part] = (),
     ) -> None:
         self.parts, self.vectors, self.rank, self.mix = tuple(parts), tuple(biases), rank, mix
-        self._one = rank * len(self.parts)
-        step = _ALIGNED.get(mix.device.type, 1)
-        step //= math.gcd(step, mix.columns)
-        width = -(-(self._one + bool(biases)) // step) * step
+        self._width = rank * len(self.parts) + bool(biases)
+        factors = filled(mix.columns * self._width, mix.device)
         # Once for every column: what is projected needs but one product with the tokens' mixtures then.
-        self.v = torch.zeros(shape[1], mix.columns * width, dtype=mix.dtype, device=mix.device)
+        self.v = torch.zeros(shape[1], factors, dtype=mix.dtype, device=mix.device)
         # Zero wherever a site's factors do not reach another site's rows.
-        self.phi = torch.zeros(mix.columns, width, shape[0], dtype=mix.dtype, device=mix.device)
-        self.mixed = mix.spread(width)
-        unit = torch.zeros_like(self.v[0])
-        unit[self._one :: width] = 1.0
-        self._unit = unit if biases else None
+        self.phi = torch.zeros(factors, shape[0], dtype=mix.dtype, device=mix.device)
+        self.mixed = mix.spread(self._width, factors)
+        self._ones: Tensor | None = None
+        if biases:
+            self._ones = torch.zeros_like(self.v[0])
+            self._ones[[self._bias_row(column) for column in range(mix.columns)]] = 1.0
         self.keep = torch.ones((), dtype=mix.dtype, device=mix.device)
         self.decays = False
         self.bank: Columns | None = None
 
     def open_window(self, sites: Mapping[Site, LowRankMatrix]) -> None:
         """Take the window's V of every part."""
-        for part, own in self._own():
-            self.v.unflatten(1, self.phi.shape[:2])[:, :, own] = sites[part.site].v[part.columns].unsqueeze(1)
+        for column in range(self.mix.columns):
+            for part, own in self._own(column):
+                self.v[:, own] = sites[part.site].v[part.columns]
 
     def show(self, column: int, factors: Mapping[Site, Tensor]) -> None:
-        """Take one column's factors ``(out, r)`` of every part."""
-        for part, own in self._own():
-            self.phi[column, own, part.local] = part.of(factors[part.site]).T
+        """Take one column's factors ``(out, r)`` of every part, and changes ``(out,)`` of every bias."""
+        for part, own in self._own(column):
+            self.phi[own, part.local] = part.of(factors[part.site]).T
         for part in self.vectors:
-            self.phi[column, self._one, part.local] = part.of(factors[part.site])
+            self.phi[self._bias_row(column), part.local] = part.of(factors[part.site])
 
-    def row(self) -> Tensor:
-        """The update of the bias, ``(out,)``."""
-        return self.phi[0, self._one]
+    def vector(self) -> Tensor:
+        """What is shown of the update of the bias, ``(out,)``."""
+        return self.phi[self._bias_row(0)]
 
     def add_to(self, y: Tensor, x: Tensor, biased: bool = False) -> Tensor:
         """Add every token's perturbation to ``y (tokens, out)``, in place.
@@ -233,16 +233,20 @@ class TunedMatrix:
             x: ``(tokens, in)``.
             biased: Whether that of the bias belongs here, which is one shard's.
         """
-        projected = torch.addmm(self._unit, x, self.v) if biased and self._unit is not None else x @ self.v
-        y.addmm_(projected.mul_(self.mixed[: len(x)]), self.phi.flatten(0, 1))
+        projected = torch.addmm(self._ones, x, self.v) if biased and self._ones is not None else x @ self.v
+        y.addmm_(projected.mul_(self.mixed[: len(x)]), self.phi)
         return y if self.bank is None else self.bank.add_to(y, x)
 
     def open_bank(self, budget: int) -> None:
         """Make room for finished windows."""
-        self.bank = Columns(self.parts, (self.phi.shape[2], len(self.v)), budget, self.v)
+        self.bank = Columns(self.parts, (self.phi.shape[1], len(self.v)), budget, self.v)
 
-    def _own(self) -> list[tuple[Part, slice]]:
-        return [(part, slice(s * self.rank, (s + 1) * self.rank)) for s, part in enumerate(self.parts)]
+    def _own(self, column: int) -> list[tuple[Part, slice]]:
+        starts = range(column * self._width, (column + 1) * self._width, self.rank)
+        return [(part, slice(start, start + self.rank)) for part, start in zip(self.parts, starts, strict=False)]
+
+    def _bias_row(self, column: int) -> int:
+        return (column + 1) * self._width - 1
 
 
 class TunedTable:

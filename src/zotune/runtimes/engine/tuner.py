@@ -293,6 +293,6 @@ class Tuner:
 def _table_of(head: Head, layers: Sequence[Layer]) -> TunedTable | None:
     """What tunes the output head: its own site, or that of the embedding that it is tied to."""
     for layer in layers:
-        if isinstance(layer.weight, TunedTable) and layer.module.weight is head.module.weight:
+        if isinstance(layer, TableLayer) and layer.module.weight is head.module.weight:
             return layer.weight
     return None

@@ -173,7 +173,8 @@ class LowRankSpace:
 
     def show(self, given: Tensor | None = None) -> None:
         """Draw the directions of the last `probe` and let its blocks see them; see `Stage.show`."""
-        if self.stage is not None and self._due:
+        # A graph draws whenever it is replayed, so it is captured with the draw, whatever has been drawn already.
+        if self.stage is not None and (self._due or given is not None):
             self.stage.show(self.factors, self.window, given)
         self.shown()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 _ALIGNED = {"cuda": 8}
 """A GPU's products of 16-bit numbers are several times slower where an extent is no multiple of this."""
+
+
+def filled(factors: int, device: torch.device) -> int:
+    """So many factors, and what fills them up where a device multiplies faster with more."""
+    step = _ALIGNED.get(device.type, 1)
+    return -(-factors // step) * step
 
 
 class SkinnyProduct(Projection):
@@ -41,8 +48,7 @@ class SkinnyProduct(Projection):
     @property
     def rows(self) -> int:
         """Rows of ``factors``, with what fills them up for a GPU's products."""
-        step = _ALIGNED.get(self.members[0].update.device.type, 1)
-        return -(-self.needed // step) * step
+        return filled(self.needed, self.members[0].update.device)
 
     @property
     def shape(self) -> tuple[int, int]:

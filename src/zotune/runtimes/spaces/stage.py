@@ -146,7 +146,7 @@ class Stage:
         Args:
             update: B of all sites, flat.
             window: The current one.
-            given: The attribute where it is on the device already, so that all of this is operations there alone.
+            given: The attribute, on the device, so that all of this is operations there alone; None brings it there.
         """
         given = onto(self.given, update.device) if given is None else given
         for streams, direction in zip(given, self._drawn, strict=True):
