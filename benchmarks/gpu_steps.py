@@ -32,24 +32,24 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="steps as wholes, and by their phases")
     parser.add_argument("--out", type=Path, default=Path("gpu-steps"), help="folder of results")
-    parser.add_argument("--repeats", type=int, default=20, help="timed steps per case")
+    parser.add_argument("--repeats", type=int, default=20, help="timed steps per case, of the official procedure too")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so long; call again")
     parser.add_argument("--retry", action="store_true", help="measure again what failed")
     return parser.parse_args()
 
 
 def measure(model: str, runtimes: list[str], chosen: argparse.Namespace, began: float) -> None:
-    """All that is wanted of a model and has no result yet; the official step, which is slow and even, a few times."""
+    """All that is wanted of a model and has no result yet; every side on the same batches."""
 
-    def options(repeats: int) -> dict[str, Any]:
+    def options() -> dict[str, Any]:
         left = max(0.0, chosen.minutes - (time.monotonic() - began) / 60)
-        return {"folder": chosen.out, "repeats": repeats, "minutes": left, "retry": chosen.retry}
+        return {"folder": chosen.out, "repeats": chosen.repeats, "minutes": left, "retry": chosen.retry}
 
     if "scaling" in chosen.parts:
-        scaling(Plan([model], [OFFICIAL], chosen.batches), **options(max(3, chosen.repeats // 4)))
-        scaling(Plan([model], runtimes, chosen.batches), **options(chosen.repeats))
+        scaling(Plan([model], [OFFICIAL], chosen.batches), **options())
+        scaling(Plan([model], runtimes, chosen.batches), **options())
     if "overhead" in chosen.parts:
-        overhead(Plan([model], runtimes, chosen.batches[:1]), **options(chosen.repeats))
+        overhead(Plan([model], runtimes, chosen.batches[:1]), **options())
 
 
 def main() -> None:

@@ -203,6 +203,7 @@ def test_presets_are_listed_with_sources_and_defaults() -> None:
     shown = invoke("presets").stdout
     assert "lozo-m" in shown
     assert "momentum = 0.9" in shown
+    assert "lr = auto (published: 1e-06)" in shown
     assert "Chen" in shown
 
 
@@ -211,6 +212,8 @@ def test_one_preset_is_shown_with_its_deviations() -> None:
     assert "Malladi" in shown
     assert "deviations from the published method:\n  " in shown
     assert "rank" not in shown, "has no meaning for dense directions"
+    assert "\n  lr = auto (published: 1e-06)\n" in shown
+    assert "\n  lr = auto\n" in invoke("presets", "lozo-late").stdout, "there is no published one"
 
 
 def test_presets_as_json() -> None:

@@ -23,7 +23,7 @@ def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     hook.mkdir(exist_ok=True)
     (hook / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({LACKING!r}))\n")
     path = os.pathsep.join([str(hook), str(SCRIPT.parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(SCRIPT), "--out", str(out), "--models", "tiny-opt", "--repeats", "1", *words]
+    command = [sys.executable, str(SCRIPT), "--out", str(out), "--models", "tiny-opt", "--repeats", "4", *words]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
@@ -34,6 +34,8 @@ def test_a_table_in_one_command(tmp_path: Path) -> None:
     found = {(result.kind, result.case["runtime"]): result.figures for result in every(tmp_path / "out")}
     assert found.keys() == {("scaling", "official"), ("scaling", "torch"), ("overhead", "torch")}
     assert all(figures["step_s"] > 0 for figures in found.values()), found
+    theirs, ours = found["scaling", "official"], found["scaling", "torch"]
+    assert (theirs["repeats"], theirs["length"]) == (ours["repeats"], ours["length"]), "the same rows"
     report = (tmp_path / "out" / "report.md").read_text()
     assert report in done.stdout
     assert "| tiny-opt | all | 2 | 1 | 2 |" in report

@@ -20,6 +20,7 @@ class Preset:
         citation: Where it comes from.
         deviations: How zotune differs from the published code.
         method: Its defaults.
+        lr_published: Whether its learning rate is one that was published.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Preset:
     citation: str
     deviations: tuple[str, ...]
     method: Method
+    lr_published: bool = True
 
 
 _LOZO = (
@@ -102,6 +104,7 @@ PRESETS = {
                 lr=1e-2,
                 schedule="linear",
             ),
+            lr_published=False,
         ),
         Preset(
             "fzoo",
@@ -124,6 +127,7 @@ PRESETS = {
                 "ratio to lr is a setting",
             ),
             Method(**_MANY, estimator="damped", directions=40, lr=1e-4, eps=1e-3, schedule="linear"),
+            lr_published=False,
         ),
     )
 }

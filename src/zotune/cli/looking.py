@@ -112,9 +112,11 @@ def _describe(preset: Preset) -> str:
 
 
 def _defaults(preset: Preset) -> dict[str, Any]:
-    """The preset's values that have a meaning for it."""
+    """What a run has of this preset where nothing else is set: values that have a meaning for it."""
+    from zotune.config import AUTO
     from zotune.presets import unused
 
     values = asdict(preset.method)
+    values["lr"] = f"{AUTO} (published: {preset.method.lr:g})" if preset.lr_published else AUTO
     hidden = {*unused(preset)} | (set() if values["family"] == "low-rank" else {"normalised", "momentum"})
     return {key: value for key, value in values.items() if key not in hidden}

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STEPS = (
-    "Milliseconds per step: the median, with a fold's share. In brackets: times faster than the official step on the "
-    "same rows (times the directions, since it takes one), and share of the best matrix product measured here."
+    "Milliseconds per step: the median, with a fold's share. In brackets: times faster than the official step at the "
+    "same batch size (times the directions, since it takes one), and share of the best matrix product measured here. "
+    "Sides with other numbers of timed steps have had other batches, whose rows may be longer or shorter on average."
 )
 _TOKENS = (
     "Steps against the tokens that they compute (batch x length x probes), all batches and directions together: slope, "
