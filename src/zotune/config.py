@@ -105,7 +105,7 @@ class DataConfig(Section):
 class MethodConfig(Section):
     """How to learn; what is left out comes from the preset."""
 
-    preset: str = "lozo"
+    preset: str = Field(default="lozo", description="a method by its name; `zotune presets` lists them")
     scope: Scope | None = Field(
         default=None,
         description="linear weights only, every parameter, or the last two fifths of the layers in turn",
@@ -120,20 +120,22 @@ class MethodConfig(Section):
     lora_rank: int | None = Field(default=None, ge=1, le=4096, description="rank of the LoRA matrices of mezo-lora")
     lora_alpha: int | None = Field(default=None, ge=1, le=2**16, description="their output counts alpha / rank times")
     directions: int | None = Field(default=None, ge=1, le=4096, description="directions per step")
-    estimator: EstimatorName | None = None
+    estimator: EstimatorName | None = Field(default=None, description="from the losses of probes to coefficients")
     calibrated: bool | None = Field(
         default=None, description="take what the model prefers to answer off every batch's loss"
     )
-    momentum: float | None = Field(default=None, ge=0, lt=1)
-    weight_decay: float | None = Field(default=None, ge=0, le=1e6)
-    schedule: Schedule | None = None
-    warmup_steps: int | None = Field(default=None, ge=0)
+    momentum: float | None = Field(default=None, ge=0, lt=1, description="beta, of low-rank directions alone")
+    weight_decay: float | None = Field(
+        default=None, ge=0, le=1e6, description="times lr, the share that weights lose a step; not biases and norms"
+    )
+    schedule: Schedule | None = Field(default=None, description="of the learning rate, after the warm-up")
+    warmup_steps: int | None = Field(default=None, ge=0, description="steps of a linear warm-up")
 
 
 class TrainConfig(Section):
     """How long, how much at a time, and what to keep."""
 
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, description="length of the run")
     batch_size: int = Field(default=16, ge=1, le=2**16, description="examples per step")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of directions and of the batch order")
     eval_every: int = Field(
