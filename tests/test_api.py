@@ -7,6 +7,8 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -47,3 +49,18 @@ def test_one_except_clause_catches_every_mistake() -> None:
     raised = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
     assert len(raised) > 5
     assert all(issubclass(kind, zotune.ZotuneError) for kind in raised)
+
+
+MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
+    "start a mapping": (lambda: zotune.start({"output": "run"}), r"got a dict where a Config is.*zotune.parse_config"),
+    "start a path": (lambda: zotune.start("config.toml"), r"got a str where a Config is.*zotune.load_config"),
+    "load a path": (lambda: zotune.load_model("model"), r"got a str where a ModelConfig is needed"),
+    "load a mapping": (lambda: zotune.load_data({}, None, 8), r"got a dict where a DataConfig is needed"),
+    "resume a number": (lambda: zotune.resume(5), r"cannot use the path 5"),
+}
+
+
+@pytest.mark.parametrize(("act", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_what_a_script_gives_wrong_is_told(act: Callable[[], Any], message: str) -> None:
+    with pytest.raises(zotune.ZotuneError, match=message):
+        act()

@@ -18,6 +18,7 @@ from zotune import cli, stopping
 from zotune.config import Config
 from zotune.errors import StopRun
 from zotune.evaluate import Metrics
+from zotune.journal import Entry
 from zotune.run import RunDirectory
 
 Configure = Callable[..., Config]
@@ -127,3 +128,21 @@ def test_a_run_that_was_interrupted_stops_where_it_would_have(configure: Configu
     again = zotune.resume(tmp_path / "parts", Recorder())
     assert (again.steps, again.stopped, again.best) == (whole.steps, whole.stopped, whole.best)
     assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize(
+    ("losses", "coefficients", "diverged"),
+    [
+        ((0.7, 0.7), (0.0,), True),
+        ((math.nan, 0.7), (), True),
+        ((0.7, 0.6), (0.1,), False),
+        ((0.0, 0.0), (0.0,), False),
+    ],
+    ids=["all the same", "not finite", "an estimate", "nothing left to learn"],
+)
+def test_steps_that_teach_nothing_are_told(
+    losses: tuple[float, ...], coefficients: tuple[float, ...], diverged: bool
+) -> None:
+    entries = [Entry(step, losses, coefficients, 1e-3, 0) for step in range(3)]
+    assert stopping.has_diverged(entries, 3) is diverged
+    assert not stopping.has_diverged(entries, 4)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_runs
 import torch
@@ -16,7 +17,7 @@ from tiny_runs import Recorder, assert_same, contents, restored, saved
 import zotune
 from zotune import config, journal
 from zotune.config import Config
-from zotune.errors import DataError, DivergedError
+from zotune.errors import ConfigError, DataError, DivergedError
 from zotune.protocol import Update
 from zotune.run import RunDirectory, resolved
 from zotune.runtimes import blueprint
@@ -228,6 +229,34 @@ def test_probes_too_near_to_differ_are_told_as_that(configure: Configure) -> Non
         match=r"3 steps in a row had no estimate.*all the same, or too far apart\. Set another method\.eps",
     ):
         zotune.start(chosen, Recorder())
+
+
+def test_a_model_that_has_fallen_apart_is_told_as_that(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its losses are finite, and the same whatever the direction."""
+
+    def score(self: EmbeddedRuntime, probes: Any, rows: Any, *, normalised: bool = True) -> Any:
+        return np.zeros((len(probes), sum(len(row.candidates) for row in rows)), dtype=np.float32)
+
+    monkeypatch.setattr(EmbeddedRuntime, "score", score)
+    with pytest.raises(DivergedError, match=r"3 steps in a row had no estimate, up to step 3.*lower method\.lr"):
+        zotune.start(configure(train={"max_skipped": 3}), Recorder())
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([print], r"is no callback: .* methods start, step, evaluation, notice, finish.*zotune\.SilentReporter"),
+        ([Recorder], r"the class Recorder is no callback"),
+        (Recorder(), r"callbacks must be a list"),
+    ],
+    ids=["function", "class", "no list"],
+)
+def test_what_is_no_callback_is_refused_before_anything_is_there(
+    configure: Configure, tmp_path: Path, callbacks: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        zotune.start(configure(), callbacks=callbacks)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("preset", "directions"), [("lozo-m", 1), ("mezo", 1), ("mezo", 3)])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from zotune import hub
-from zotune.config import ModelConfig
+from zotune.config import ModelConfig, required
 from zotune.errors import ModelError, reason
 from zotune.paths import expand
 from zotune.runtimes.precision import product_dtype
@@ -28,7 +28,7 @@ def load(config: ModelConfig, *, mapped: bool = False) -> tuple[Any, Any]:
     Raises:
         ModelError: There is no such model, its files cannot be read or lack weights, or the device is not there.
     """
-    device = chosen_device(config.device)
+    device = chosen_device(required(config, ModelConfig, "take Config.model, or ModelConfig(path=...)").device)
     tokenizer = load_tokenizer(config)
     options = {"dtype": dtype_of(config), "output_loading_info": True}
     model, found = _load(config, automatic_class(load_config(config)), **options)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from zotune.errors import CallbackError, StopRun, ZotuneError
+from zotune.errors import CallbackError, ConfigError, StopRun, ZotuneError
 
 Record = Mapping[str, Any]
 """One line of ``metrics.jsonl``."""
@@ -98,14 +98,28 @@ class SilentReporter:
         """Ignore it."""
 
 
+_EVENTS = ("start", "step", "evaluation", "notice", "finish")
+
+
 class Reporters:
     """Several reporters as one: each is told, in order.
 
     `StopRun` is passed on when all have been told. Any other failure is passed on at once, with the name of who failed;
     only `finish` reaches everyone in any case.
+
+    Raises:
+        ConfigError: One of them is no reporter.
     """
 
     def __init__(self, *reporters: Reporter) -> None:
+        for each in reporters:
+            lacking = [name for name in _EVENTS if isinstance(each, type) or not callable(getattr(each, name, None))]
+            if lacking:
+                what = f"the class {each.__name__}" if isinstance(each, type) else repr(each)
+                raise ConfigError(
+                    f"{what} is no callback: that is an object with the methods {', '.join(_EVENTS)}. Derive one from "
+                    "zotune.SilentReporter, which has them all, and give a list of such objects."
+                )
         self._reporters = reporters
 
     def start(self, path: Path, steps: int, done: int) -> None:

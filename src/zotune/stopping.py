@@ -41,6 +41,13 @@ def stop_if_stalled(evaluations: Mapping[int, Metrics], patience: int | None, mi
 
 
 def has_diverged(entries: Sequence[Entry], allowed: int) -> bool:
-    """Whether the last ``allowed`` steps had no estimate, because a loss was not finite or all were the same."""
+    """Whether the last ``allowed`` steps had no estimate, because a loss was not finite or all were the same.
+
+    A loss of zero is no such case: there is nothing left to learn.
+    """
     recent = entries[-allowed:]
-    return len(recent) == allowed and not any(entry.coefficients for entry in recent)
+    if len(recent) < allowed:
+        return False
+    skipped = not any(entry.coefficients for entry in recent)
+    flat = all(entry.coefficients and not any(entry.coefficients) and any(entry.losses) for entry in recent)
+    return skipped or flat

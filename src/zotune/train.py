@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zotune import learning_rate, stopping
-from zotune.config import Config
+from zotune.config import MADE, Config, required
 from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun
 from zotune.evaluate import Metrics
 from zotune.journal import Entry, Journal, read
@@ -67,7 +67,7 @@ def start(config: Config, reporter: Reporter | None = None, callbacks: Sequence[
         CallbackError: A callback failed; every finished step is in the journal.
         ZotuneError: The configuration names something that is not there or does not fit.
     """
-    RunDirectory(config.output).require_free()
+    RunDirectory(required(config, Config, MADE).output).require_free()
     config = resolved(config)
     first = reporter or TerminalReporter(LastingConsole())
     reporter = _together(config, first, callbacks)
@@ -153,6 +153,8 @@ def take_step(session: Session, step: int, journal: Journal) -> Entry:
 
 
 def _together(config: Config, first: Reporter, callbacks: Sequence[Reporter]) -> Reporter:
+    if not isinstance(callbacks, Sequence):
+        raise ConfigError(f"callbacks must be a list, not {callbacks!r}")
     return Reporters(first, *trackers.build(config, first.notice), *callbacks)
 
 

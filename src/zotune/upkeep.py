@@ -134,7 +134,8 @@ class Upkeep:
         if all(map(math.isfinite, entries[-1].losses)):
             raise DivergedError(
                 f"{allowed} steps in a row had no estimate, up to step {len(entries)}: the losses of their probes are "
-                "all the same, or too far apart. Set another method.eps, or model.dtype = 'float32'."
+                "all the same, or too far apart. Set another method.eps or model.dtype = 'float32'; if the model has "
+                "fallen apart before, lower method.lr."
             )
         raise DivergedError(
             f"the loss was not finite in {allowed} steps in a row, up to step {len(entries)}. "

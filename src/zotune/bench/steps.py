@@ -180,7 +180,8 @@ def split_file(folder: Path, split: str) -> Path:
     for name in (f"{split}.jsonl.gz", f"{split}.jsonl"):
         if (folder / name).is_file():
             return folder / name
-    raise DataError(f"{folder} has no {split}.jsonl.gz or {split}.jsonl; give a folder with the task's rows")
+    what = f"has no {split}.jsonl.gz or {split}.jsonl" if folder.is_dir() else "is no folder"
+    raise DataError(f"{folder} {what}; give a folder with the task's rows")
 
 
 def check(dtype: str, baseline_dtype: str, scope: str, counts: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from zotune import tasks
-from zotune.config import DataConfig
+from zotune.config import DataConfig, required
 from zotune.data import report
 from zotune.data.encode import Encoded, Encoder
 from zotune.data.forms import Classification, Completion, Conversations, Examples, Numbered, form
@@ -64,6 +64,7 @@ def load(
         DataError: A source, a template, a label or a row cannot be used as asked, or the tokenizer gives a token that
             the model has no embedding of.
     """
+    required(config, DataConfig, "take Config.data, or DataConfig(train=..., ...)")
     task = tasks.get(config.task) if config.task is not None else None
     if task is not None:
         config = task.complete(config)

@@ -54,7 +54,8 @@ class EmbeddedRuntime:
         timings: Seconds spent so far, by phase; a GPU is waited for in ``read``.
 
     Raises:
-        ModelError: A part of the model cannot be tuned exactly in the method's scope, or the model cannot read packs.
+        ModelError: A part of the model cannot be tuned exactly in the method's scope, the model cannot read packs, or
+            another runtime has it.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class EmbeddedRuntime:
         fold: str = "stochastic",
         max_tokens: int = 16384,
     ) -> None:
+        if model.config.get_text_config()._attn_implementation == attention.NAME:
+            raise ModelError("this model is wrapped by another EmbeddedRuntime; close that one first")
         self.model, self.method, self.max_tokens = model.eval(), method, max_tokens
         self.fingerprint = fingerprint(model)
         # Before anything of the model is wrapped or stored elsewhere.
@@ -136,6 +139,8 @@ class EmbeddedRuntime:
     @torch.inference_mode()
     def score(self, probes: Sequence[Probe], rows: Sequence[Row], *, normalised: bool = True) -> np.ndarray:
         """Log-likelihoods, float32 ``(probes, candidates)``; see `zotune.runtimes.base.Runtime.score`."""
+        if not probes or not rows:
+            return np.zeros((len(probes), sum(len(row.candidates) for row in rows)), dtype=np.float32)
         costs = [self._cost(row, normalised) for row in rows]
         most, largest = len(probes), max(costs)
         while most > 1 and most * largest > self.max_tokens:

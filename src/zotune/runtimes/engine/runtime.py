@@ -19,6 +19,7 @@ from zotune.errors import EngineError, JournalError, ModelError, reason
 from zotune.evaluate import MAX_NEW_TOKENS
 from zotune.layout import Layout
 from zotune.optimizer import Method, Optimizer
+from zotune.presets import PRESETS
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
 from zotune.runtimes import precision, wire
@@ -114,9 +115,10 @@ class EngineRuntime:
             ConfigError: vLLM is not there, or not as it must be.
         """
         if method.family != "low-rank":
+            fitting = ", ".join(name for name, preset in PRESETS.items() if preset.method.family == "low-rank")
             raise ModelError(
                 "the vLLM runtime has low-rank directions only: dense ones would need every weight in plain form in "
-                "every forward. Use the presets lozo, lozo-m or mezo-factorized, or runtime.type = 'torch'."
+                f"every forward. Use one of the presets {fitting}, or runtime.type = 'torch'."
             )
         weights = find_sites(model, method.scope)
         layout = Layout(tuple(weights))
@@ -273,8 +275,8 @@ class EngineRuntime:
             raise
         except Exception as error:
             raise EngineError(
-                f"vLLM's engine failed: {reason(error)}. Every finished step is in the journal: "
-                "`zotune resume` goes on from there."
+                f"vLLM's engine failed: {reason(error)}. If a run has begun, every finished step is in its journal, "
+                "and `zotune resume` goes on from there."
             ) from error
 
     def close(self) -> None:
