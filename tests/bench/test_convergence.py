@@ -195,7 +195,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any
         convergence(["lozo", method], **options)
     with pytest.raises(ConfigError, match=r"unknown task 'sst3'\. Did you mean 'sst2'"):
         convergence(["lozo"], tasks=["sst2", "sst3"], **options)
-    with pytest.raises(DataError, match=r"cb has no train\.jsonl"):
+    with pytest.raises(DataError, match=r"cb is no folder; give a folder"):
         convergence(["lozo"], tasks=["sst2", "cb"], **options)
     assert not options["out"].exists()
 
