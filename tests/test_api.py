@@ -56,7 +56,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "start a path": (lambda: zotune.start("config.toml"), r"got a str where a Config is.*zotune.load_config"),
     "load a path": (lambda: zotune.load_model("model"), r"got a str where a ModelConfig is needed"),
     "load a mapping": (lambda: zotune.load_data({}, None, 8), r"got a dict where a DataConfig is needed"),
-    "resume a number": (lambda: zotune.resume(5), r"cannot use the path 5"),
+    "resume a number": (lambda: zotune.resume(5), r"cannot use the path '5': .* give another one"),
 }
 
 

@@ -24,7 +24,7 @@ def expand(path: StrPath) -> Path:
             found.stat()
     # Of a home directory that is not known, of a character that no path has, and of what is no path.
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(f"cannot use the path {path!r}: {reason(error)}; give another one") from error
+        raise ConfigError(f"cannot use the path {str(path)!r}: {reason(error)}; give another one") from error
     except OSError as error:
         why = error.strerror or reason(error)
         raise ConfigError(f"cannot use the path {os.fspath(path)!r}: {why}; give another one") from error

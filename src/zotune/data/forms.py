@@ -230,7 +230,7 @@ def form(config: DataConfig) -> Classification | Completion | Conversations:
     if config.candidates is None or config.label is None:
         raise DataError(f"data.{'candidates' if config.candidates is None else 'label'} is missing. {HELP}")
     if len(config.candidates) < 2:
-        raise DataError(f"data.candidates has {len(config.candidates)} of the 2 answers that classification needs.")
+        raise DataError(f"data.candidates has only {len(config.candidates)}; classification needs at least 2.")
     candidates = tuple(Template.parse("data.candidates", text) for text in config.candidates)
     return Classification(prompt, candidates, config.label, config.loss or "candidates", config.chat)
 
