@@ -131,18 +131,21 @@ def test_a_run_that_was_interrupted_stops_where_it_would_have(configure: Configu
 
 
 @pytest.mark.parametrize(
-    ("losses", "coefficients", "diverged"),
+    ("losses", "coefficients", "diverged", "stuck"),
     [
-        ((0.7, 0.7), (0.0,), True),
-        ((math.nan, 0.7), (), True),
-        ((0.7, 0.6), (0.1,), False),
-        ((0.0, 0.0), (0.0,), False),
+        ((0.7, 0.7), (0.0,), False, True),
+        ((math.nan, 0.7), (), True, False),
+        ((0.7, 0.6), (0.1,), False, False),
+        ((0.0, 0.0), (0.0,), False, False),
     ],
     ids=["all the same", "not finite", "an estimate", "nothing left to learn"],
 )
 def test_steps_that_teach_nothing_are_told(
-    losses: tuple[float, ...], coefficients: tuple[float, ...], diverged: bool
+    losses: tuple[float, ...], coefficients: tuple[float, ...], diverged: bool, stuck: bool
 ) -> None:
     entries = [Entry(step, losses, coefficients, 1e-3, 0) for step in range(3)]
     assert stopping.has_diverged(entries, 3) is diverged
+    assert stopping.is_stuck(entries, 3) is stuck
     assert not stopping.has_diverged(entries, 4)
+    assert not stopping.is_stuck(entries, 4)
+    assert not stopping.is_stuck(entries, 2), "it was told a step before"

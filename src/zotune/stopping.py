@@ -41,13 +41,12 @@ def stop_if_stalled(evaluations: Mapping[int, Metrics], patience: int | None, mi
 
 
 def has_diverged(entries: Sequence[Entry], allowed: int) -> bool:
-    """Whether the last ``allowed`` steps had no estimate, because a loss was not finite or all were the same.
-
-    A loss of zero is no such case: there is nothing left to learn.
-    """
+    """Whether the last ``allowed`` steps had no estimate, because a loss was not finite or all were the same."""
     recent = entries[-allowed:]
-    if len(recent) < allowed:
-        return False
-    skipped = not any(entry.coefficients for entry in recent)
-    flat = all(entry.coefficients and not any(entry.coefficients) and any(entry.losses) for entry in recent)
-    return skipped or flat
+    return len(recent) == allowed and not any(entry.coefficients for entry in recent)
+
+
+def is_stuck(entries: Sequence[Entry], steps: int) -> bool:
+    """Whether for just so many steps no direction has changed the loss, which is not zero."""
+    flat = [bool(e.coefficients) and not any(e.coefficients) and any(e.losses) for e in entries[-steps - 1 :]]
+    return len(flat) >= steps and all(flat[-steps:]) and not (len(flat) > steps and flat[0])

@@ -47,6 +47,11 @@ class Upkeep:
             DivergedError: It was one too many without an estimate.
         """
         self._reporter.step(self._run.add_metrics(self._step_record(entry, seconds)))
+        if stopping.is_stuck(self._journal.entries, self._train.max_skipped):
+            self._reporter.notice(
+                f"no direction has changed the loss in {self._train.max_skipped} steps, up to step {entry.step + 1}: "
+                "method.eps is below what the model's dtype resolves, or a method.lr too high has destroyed the model"
+            )
         self._stop_if_diverged()
 
     def _step_record(self, entry: Entry, seconds: float | None) -> dict[str, Any]:
@@ -134,8 +139,7 @@ class Upkeep:
         if all(map(math.isfinite, entries[-1].losses)):
             raise DivergedError(
                 f"{allowed} steps in a row had no estimate, up to step {len(entries)}: the losses of their probes are "
-                "all the same, or too far apart. Set another method.eps or model.dtype = 'float32'; if the model has "
-                "fallen apart before, lower method.lr."
+                "all the same, or too far apart. Set another method.eps, or model.dtype = 'float32'."
             )
         raise DivergedError(
             f"the loss was not finite in {allowed} steps in a row, up to step {len(entries)}. "
