@@ -7,7 +7,7 @@ import numbers
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -35,8 +35,6 @@ _TYPES = {
 }
 """What pydantic calls a value of another type, and what is allowed."""
 
-
-T = TypeVar("T")
 
 MADE = "zotune.load_config(path) reads one, zotune.parse_config({...}) makes one"
 """How to come by a `Config`."""
@@ -261,17 +259,6 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     track: TrackConfig = TrackConfig()
-
-
-def required(config: Any, kind: type[T], hint: str) -> T:
-    """The configuration, if it is of this kind: a mistake in a script is told where it is made.
-
-    Raises:
-        ConfigError: It is something else; the message has the hint.
-    """
-    if isinstance(config, kind):
-        return config
-    raise ConfigError(f"got a {type(config).__name__} where a {kind.__name__} is needed: {hint}")
 
 
 def load(path: StrPath, overrides: Sequence[str] = ()) -> Config:

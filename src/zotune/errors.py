@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class ZotuneError(Exception):
@@ -65,3 +68,14 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {got!r}.{hint} Known: {', '.join(names)}."
+
+
+def required(given: Any, kind: type[T], hint: str) -> T:
+    """What was given, if it is of this kind: a mistake in a script is told where it is made.
+
+    Raises:
+        ConfigError: It is something else; the message has the hint.
+    """
+    if isinstance(given, kind):
+        return given
+    raise ConfigError(f"got a {type(given).__name__} where a {kind.__name__} is needed: {hint}")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from zotune import hub
-from zotune.config import ModelConfig, required
-from zotune.errors import ModelError, reason
+from zotune.config import ModelConfig
+from zotune.errors import ModelError, reason, required
 from zotune.paths import expand
 from zotune.runtimes.precision import product_dtype
 

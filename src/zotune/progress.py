@@ -113,8 +113,7 @@ class Reporters:
 
     def __init__(self, *reporters: Reporter) -> None:
         for each in reporters:
-            lacking = [name for name in _EVENTS if isinstance(each, type) or not callable(getattr(each, name, None))]
-            if lacking:
+            if isinstance(each, type) or not all(callable(getattr(each, name, None)) for name in _EVENTS):
                 what = f"the class {each.__name__}" if isinstance(each, type) else repr(each)
                 raise ConfigError(
                     f"{what} is no callback: that is an object with the methods {', '.join(_EVENTS)}. Derive one from "

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zotune import learning_rate, stopping
-from zotune.config import MADE, Config, required
-from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun
+from zotune.config import MADE, Config
+from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun, required
 from zotune.evaluate import Metrics
 from zotune.journal import Entry, Journal, read
 from zotune.journal.branches import open_run

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from zotune import tasks
-from zotune.config import DataConfig, required
+from zotune.config import DataConfig
 from zotune.data import report
 from zotune.data.encode import Encoded, Encoder
 from zotune.data.forms import Classification, Completion, Conversations, Examples, Numbered, form
 from zotune.data.split import Prepare, Split, split
 from zotune.data.templates import Record, value
-from zotune.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError, required
 from zotune.objectives import Objective
 from zotune.rows import Example
 from zotune.tasks.base import as_read
