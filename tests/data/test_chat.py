@@ -59,6 +59,11 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
+def with_arguments(text):
+    """The call with other arguments."""
+    return {"type": "function", "function": {"name": "weather", "arguments": text}}
+
+
 def weather(*calls, **said):
     """A conversation in which the assistant calls a tool."""
     return [
@@ -246,6 +251,14 @@ def test_parts_that_hold_nothing_or_say_what_is_rendered_anyway_are_not_missed()
     assert encode([turn | empty for turn in chat("a", "b")]) == encode(chat("a", "b"))
     assert encode([turn | {"name": turn["role"]} for turn in chat("a", "b")], NAMES) == encode(chat("a", "b"))
     assert scored_texts(encode(THOUGHTFUL[:2], LAST_THOUGHTS)) == ["hmb</s>"]
+
+
+def test_arguments_of_calls_may_be_the_json_of_an_object():
+    written = encode(weather(CALL), CALLING)
+    assert '"arguments": {"city": "Paris"}' in text_of(written)
+    assert encode(weather(with_arguments('{"city": "Paris"}')), CALLING) == written
+    assert r'"arguments": "{city"' in text_of(encode(weather(with_arguments("{city")), CALLING))
+    assert '"arguments": "7"' in text_of(encode(weather(with_arguments("7")), CALLING))
 
 
 def test_what_is_about_a_message_may_be_left_out():

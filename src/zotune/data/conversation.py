@@ -84,7 +84,31 @@ def _turn(message: Any, where: str) -> Turn:
         require_characters(given[name], f"{where}: its {name!r}")
     role, content = (given[name] for name in names)
     role = _SHAREGPT.get(role, role) if names[0] == "from" else role
+    if "tool_calls" in others:
+        others["tool_calls"] = _with_objects(others["tool_calls"])
     return {**others, "role": role, "content": content}
+
+
+def _with_objects(calls: Any) -> Any:
+    """Tool calls whose arguments are objects, where they were the JSON of one, as OpenAI's interface gives them.
+
+    Templates write arguments as JSON, and would write a text as a quoted one; servers hand them objects, too.
+    """
+    if not isinstance(calls, list | tuple):
+        return calls
+    return [_with_object(call) for call in calls]
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    given = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(given, str):
+        return call
+    try:
+        found = json.loads(given)
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": found}} if isinstance(found, dict) else call
 
 
 def _is_nothing(held: Any) -> bool:
