@@ -100,13 +100,11 @@ def _with_objects(calls: Any) -> Any:
 
 
 def _with_object(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    given = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(given, str):
+    if not isinstance(call, dict) or not isinstance(function := call.get("function"), dict):
         return call
     try:
-        found = json.loads(given)
-    except (ValueError, RecursionError):
+        found = json.loads(function.get("arguments", ""))
+    except (TypeError, ValueError, RecursionError):
         return call
     return call | {"function": function | {"arguments": found}} if isinstance(found, dict) else call
 

@@ -83,6 +83,15 @@ def test_what_was_shown_before_is_not_seen_by_fewer_directions() -> None:
 
 
 @pytest.mark.usefixtures("everywhere_beside")
+def test_fewer_directions_than_there_is_room_for_are_seen_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = EmbeddedRuntime(tiny.model("opt"), Method(directions=3))
+    monkeypatch.setattr(appended, "pays", lambda dtype, device: False)
+    alone = EmbeddedRuntime(tiny.model("opt"), Method(directions=3))
+    for asked in (probes(0, 1, 2), probes(1), [CLEAN, *probes(2, 0)]):
+        np.testing.assert_allclose(runtime.score(asked, ROWS), alone.score(asked, ROWS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("everywhere_beside")
 def test_more_directions_than_there_is_room_for_are_scored_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = EmbeddedRuntime(tiny.model("llama"), Method(directions=2))
     asked: list[int] = []

@@ -34,6 +34,9 @@ _STEP = 32
 _SHARE = 4
 """Room is at most the inputs over this. What is to be computed grows as much, and is still faster."""
 
+_INTEGERS = {4: torch.int32, 8: torch.int64}
+"""By their bytes."""
+
 
 class AppendedProduct(Projection):
     """The product of all blocks with matrices whose factors are stored beside their weights.
@@ -69,13 +72,10 @@ class AppendedProduct(Projection):
             used += range(self.terms) if member.bias is not None else ()
         return (*used, *[self.terms] * (self.rows - len(used)))
 
-    def beside(self, term: int) -> Iterator[tuple[LowRankMatrix | Vector, Tensor]]:
-        """Where a term's factors go: of every member, ``(out, r)``, and of its bias, ``(out,)``."""
+    def beside(self) -> Iterator[tuple[LowRankMatrix, Tensor]]:
+        """Every member, and where its factors go, ``(out, terms * width)``."""
         for member, columns, outputs in self.parts():
-            own, rank = self._stored[outputs, self._inputs :][:, columns], member.update.shape[1]
-            yield member, own[:, term * rank : (term + 1) * rank]
-            if member.bias is not None:
-                yield member.bias, own[:, self.terms * rank + term]
+            yield member, self._stored[outputs, self._inputs :][:, columns]
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """See `Projection.linear`; ``rows`` are all."""
@@ -111,13 +111,16 @@ class Beside:
         self._amounts: dict[tuple[int, ...], Tensor] = {}
         self._scales = torch.ones(mix.weights.shape[1], 1)
         self._terms = torch.zeros(mix.weights.shape[1] if products else 0, layout.size, dtype=dtype)
-        self._places: list[Tensor] = []
-        self._shown: list[Tensor] = []
-        for number, term in enumerate(self._terms):
-            flat = dict(zip(states, layout.views(term), strict=True))
-            for state, place in chain.from_iterable(product.beside(number) for product in products):
-                self._places.append(place)
-                self._shown.append(flat[state])
+        self._joined, self._placed = _Copies(), _Copies()
+        flat = [dict(zip(states, layout.views(term), strict=True)) for term in self._terms]
+        for member, place in chain.from_iterable(product.beside() for product in products):
+            # All terms side by side first, for a weight's rows are far apart, and each is to be gone to once.
+            rows, rank = place.new_zeros(place.shape), member.update.shape[1]
+            self._placed.add(place, rows)
+            for term, seen in enumerate(flat):
+                self._joined.add(rows[:, term * rank : (term + 1) * rank], seen[member])
+                if member.bias is not None:
+                    self._joined.add(rows[:, rank * place.shape[1] // member.width + term], seen[member.bias])
 
     def enter(self) -> None:
         """Let every product take what these blocks take."""
@@ -135,16 +138,37 @@ class Beside:
 
     def show(self, update: Tensor, directions: Tensor) -> None:
         """Write B and the directions beside the weights; see `zotune.runtimes.spaces.stage.Stage.show`."""
-        if self._places:
+        if len(self._terms):
             self._terms[0].copy_(update)
             torch.mul(directions[: len(self._terms) - 1], self._scales[1:], out=self._terms[1:])
-            # One call for hundreds of copies, each shorter than a call takes.
-            torch._foreach_copy_(self._places, self._shown)
+            self._joined.copy()
+            self._placed.copy()
 
     def _amounts_of(self, terms: tuple[int, ...]) -> Tensor:
         """See `AppendedProduct.amounts`, from the term of each column: nothing of one that is not there."""
         signs = self._mix.weights / self._scales.view(-1)
         return F.pad(signs, (0, max(terms) + 1 - signs.shape[1]))[:, list(terms)].unsqueeze(1).to(self._terms.dtype)
+
+
+class _Copies:
+    """Hundreds of copies, each shorter than a call takes, as one call."""
+
+    def __init__(self) -> None:
+        self._to: list[Tensor] = []
+        self._from: list[Tensor] = []
+
+    def add(self, to: Tensor, given: Tensor) -> None:
+        """Copy this, too; a row as one integer where there is one of its size, for PyTorch goes number by number."""
+        size = to.shape[-1] * to.element_size()
+        starts = [each for tensor in (to, given) for each in (tensor.storage_offset(), *tensor.stride()[:-1])]
+        if to.dim() == 2 and size in _INTEGERS and not any(start * to.element_size() % size for start in starts):
+            to, given = (tensor.view(_INTEGERS[size]) for tensor in (to, given))
+        self._to.append(to)
+        self._from.append(given)
+
+    def copy(self) -> None:
+        """Do all of them."""
+        torch._foreach_copy_(self._to, self._from)
 
 
 def room(layers: Sequence[nn.Linear], names: Sequence[str], tuned: Collection[str], method: Method) -> int:
