@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zotune.config import Config
+from zotune.config import Config, tables
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -46,23 +46,20 @@ def default(field: FieldInfo) -> str:
     return "" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
-def tables(model: type[BaseModel], name: str = "") -> list[str]:
-    """The section of a table, then those of the tables in it."""
-    inside = {key: f.annotation for key, f in model.model_fields.items() if isinstance(f.annotation, type)}
-    nested = {key: table for key, table in inside.items() if issubclass(table, BaseModel)}
-    lines = [f"## {f'`[{name}]`' if name else 'Above all tables'}", "", model.__doc__ or "", ""]
+def section(name: str, table: type[BaseModel]) -> str:
+    lines = [f"## {f'`[{name}]`' if name else 'Above all tables'}", "", table.__doc__ or "", ""]
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for key, field in model.model_fields.items():
-        if key not in nested:
+    for key, field in table.model_fields.items():
+        if f"{name}.{key}".lstrip(".") not in tables():
             assert field.description, f"{name}.{key} has no description"
             lines.append(f"| `{key}` | {kind(field.annotation)} | {default(field)} | {field.description} |")
-    below = [(f"{name}.{key}" if name else key, table) for key, table in nested.items()]
-    return ["\n".join(lines), *(text for where, table in below for text in tables(table, where))]
+    return "\n".join(lines)
 
 
 def render() -> str:
     """The page."""
-    return "\n\n".join([INTRO.rstrip(), *tables(Config)]) + "\n"
+    sections = (section(name, table) for name, table in {"": Config, **tables()}.items())
+    return "\n\n".join([INTRO.rstrip(), *sections]) + "\n"
 
 
 def test_the_page_says_what_the_models_say() -> None:

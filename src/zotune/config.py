@@ -11,30 +11,14 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from zotune.errors import ConfigError, unknown
+from zotune.errors import ConfigError
 from zotune.estimators import EstimatorName
 from zotune.layout import Scope
 from zotune.paths import StrPath, expand
+from zotune.problems import explain
 from zotune.schedules import Schedule
 
 AUTO: Final = "auto"
-
-_UNIONS = {
-    "data.bos": "must be 'tokenizer', 'none' or a token id",
-    "method.lr": "must be 'auto' or a number from 0 to 1e38",
-}
-"""What a key of several types allows, in one line: each member of the union complains on its own."""
-
-_TYPES = {
-    "bool_type": "must be true or false",
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "string_type": "must be text",
-    "list_type": "must be a list",
-    "dict_type": "must be a table",
-}
-"""What pydantic calls a value of another type, and what is allowed."""
-
 
 MADE = "zotune.load_config(path) reads one, zotune.parse_config({...}) makes one"
 """How to come by a `Config`."""
@@ -261,6 +245,16 @@ class Config(Section):
     track: TrackConfig = TrackConfig()
 
 
+def tables(kind: type[BaseModel] = Config, above: str = "") -> dict[str, type[BaseModel]]:
+    """The file's tables by dotted name, each before those in it."""
+    found = {}
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found[above + name] = field.annotation
+            found |= tables(field.annotation, f"{above}{name}.")
+    return found
+
+
 def load(path: StrPath, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration file.
 
@@ -299,7 +293,7 @@ def parse(table: dict[str, Any], source: str = "configuration") -> Config:
     try:
         return Config.model_validate(table)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(problem) for problem in error.errors())
+        lines = dict.fromkeys(explain(problem, Config, tables()) for problem in error.errors())
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
@@ -327,64 +321,6 @@ def assign(table: dict[str, Any], name: str, value: Any) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"cannot set {name!r}: {section!r} is not a table")
     table[key] = value
-
-
-def _explain(problem: Any) -> str:
-    """One line for one of pydantic's problems, with the nearest valid key for an unknown one."""
-    if not problem["loc"]:
-        return f"must be a table of keys, as output and model are, and not {problem['input']!r}"
-    path, section = _locate(problem["loc"])
-    where = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(path, section)
-    if problem["type"] == "missing":
-        return f"{where} is required"
-    if problem["type"] == "model_type":
-        return f"{where} is a table: write [{where}] and its keys below (got {problem['input']!r})"
-    if problem["type"] == "value_error":
-        return f"{where}: {problem['ctx']['error']}"
-    if where in _UNIONS:
-        return f"{where}: {_UNIONS[where]} (got {problem['input']!r})"
-    where = ".".join(map(str, problem["loc"]))
-    allowed = _TYPES.get(problem["type"], problem["msg"])
-    if problem["type"] in ("bool_type", "int_type", "float_type") and isinstance(problem["input"], str):
-        # What a file has in quotes, and what is no TOML after --set, such as True or .5.
-        allowed += ", in TOML's notation and without quotes"
-    return f"{where}: {allowed} (got {problem['input']!r})"
-
-
-def _tables(kind: type[BaseModel] | None = None, above: str = "") -> dict[str, type[BaseModel]]:
-    """The file's tables by dotted name, each before those in it."""
-    found = {}
-    for name, field in (kind or Config).model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found[above + name] = field.annotation
-            found |= _tables(field.annotation, f"{above}{name}.")
-    return found
-
-
-def _locate(location: Sequence[int | str]) -> tuple[list[str], type[BaseModel]]:
-    """The key that a problem is about, and the table that ought to hold it.
-
-    Below the key pydantic adds members of unions, places in lists and keys of dictionaries, which are left out.
-    """
-    tables = _tables()
-    path = [str(part) for part in location]
-    depth = 1
-    while depth < len(path) and ".".join(path[:depth]) in tables:
-        depth += 1
-    return path[:depth], tables.get(".".join(path[: depth - 1]), Config)
-
-
-def _unknown_key(path: list[str], table: type[BaseModel]) -> str:
-    *above, key = path
-    where = ".".join(path)
-    # A key may be in several tables; the likeliest is one within the table that it was looked for in.
-    tables = sorted(_tables().items(), key=lambda item: not item[0].startswith(".".join([*above, ""])))
-    for name, other in tables:
-        if key in other.model_fields:
-            return f"unknown key {where!r}. Did you mean {name + '.' + key!r}, in the table [{name}]?"
-    return unknown("key", where, [".".join([*above, name]) for name in table.model_fields])
 
 
 def dump(config: Config) -> str:
