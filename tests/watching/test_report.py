@@ -252,6 +252,7 @@ def test_settings_that_are_not_at_their_default_come_first(gathered: Report) -> 
     assert chosen["data.prompt"] == ("{text}", "")
     usual = {each.key: each.value for each in gathered.usual}
     assert usual["method.preset"] == "lozo"
+    assert usual["runtime.ray.replicas"] == "2"
     assert not set(usual) & set(chosen)
 
 

@@ -9,9 +9,7 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
-from pydantic import BaseModel
-
-from zotune.config import Config
+from zotune.config import Config, tables
 from zotune.presets import PRESETS, unused
 from zotune.tasks import TASKS
 
@@ -38,11 +36,12 @@ def values(config: Config) -> dict[str, Any]:
 
 def defaults(configuration: Values) -> dict[str, Any]:
     """What each key is where nobody sets it: the default of the key, of the chosen preset and of the chosen task."""
-    found: dict[str, Any] = {}
-    for table, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys = field.annotation.model_fields.items()
-            found |= {f"{table}.{key}": each.default for key, each in keys if not each.is_required()}
+    found = {
+        f"{table}.{key}": field.default
+        for table, kind in tables().items()
+        for key, field in kind.model_fields.items()
+        if not field.is_required()
+    }
     if preset := PRESETS.get(configuration.get("method.preset", "")):
         brought = asdict(preset.method).items()
         found |= {f"method.{key}": value for key, value in brought if key not in unused(preset)}
