@@ -14,7 +14,7 @@ from zotune.bench.plan import Plan
 from zotune.bench.runtimes import runtimes
 from zotune.bench.runtimes_report import RuntimesReport
 from zotune.bench.scaling import scaling
+from zotune.bench.step import step
 from zotune.bench.step_report import StepReport
-from zotune.bench.steps import step
 
 __all__ = ["MemoryReport", "Plan", "RuntimesReport", "StepReport", "overhead", "runtimes", "scaling", "step"]

@@ -11,7 +11,6 @@ import torch
 from zotune.bench.steps import Setting, Stepper, method_of, prepare
 from zotune.peak import forget_peak, peak_bytes
 from zotune.presets import PRESETS
-from zotune.protocol import Update
 from zotune.testing.baselines.first_order import FirstOrder
 from zotune.testing.baselines.official import collate
 
@@ -31,7 +30,7 @@ def main(side: str, settings: dict[str, Any]) -> int:
         stepper = Stepper(setting, method)
         for number in range(_STEPS):
             stepper.step(number)
-        stepper.runtime.apply(Update(_STEPS, 0, (), 0.0, closes_window=True))
+        stepper.fold()
     else:
         backpropagate(setting, PRESETS["mezo-lora"].method.lora_rank if side == "adamw-lora" else None)
     return peak_bytes(device)

@@ -15,7 +15,6 @@ from zotune.bench.runtimes import prepare, start
 from zotune.bench.steps import Stepper, method_of
 from zotune.models import chosen_device
 from zotune.peak import forget_peak, peak_bytes
-from zotune.protocol import Update
 
 _STEPS = 3
 
@@ -36,7 +35,7 @@ def main(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         stepper.setting = setting = replace(setting, model=None)
         for number in range(_STEPS):
             stepper.step(number)
-        runtime.apply(Update(_STEPS, 0, (), 0.0, closes_window=True))
+        stepper.fold()
         return {"startup_s": took, "peak_bytes": peak_bytes(device)}
 
 

@@ -12,6 +12,7 @@ import torch
 from zotune.bench import random_engine, random_rows, shapes, work
 from zotune.bench.results import Case
 from zotune.bench.steps import Setting, Stepper, Timed, method_of, official_of
+from zotune.bench.turns import Phased
 from zotune.models import chosen_device
 from zotune.optimizer import Method
 from zotune.rows import Example
@@ -22,7 +23,7 @@ SIDES = (OFFICIAL, "torch", "vllm", "vllm-compiled")
 """The official LOZO procedure, the embedded runtime, and vLLM without and with its compiler."""
 
 
-class Steps(Protocol):
+class Steps(Phased, Protocol):
     """Takes steps; `zotune.bench.steps.Stepper` is zotune's.
 
     Attributes:
@@ -31,19 +32,9 @@ class Steps(Protocol):
     """
 
     setting: Setting
-    device: torch.device
 
     def step(self, number: int) -> float:
         """One step on the batch of this number; gives the loss."""
-        ...
-
-    def fold(self) -> None:
-        """Close the window, where there is one."""
-        ...
-
-    @property
-    def timings(self) -> dict[str, float]:
-        """Seconds spent so far, by phase."""
         ...
 
     def tokens(self, batch: Sequence[Example]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zotune import durable
-from zotune.bench.report import convergence, overhead, parity, plain, scaling, steps
+from zotune.bench.report import convergence, overhead, parity, plain, scaling, step
 from zotune.bench.report.section import Section, grouped, paragraphs
 from zotune.bench.results import Result, every
 from zotune.errors import ConfigError
@@ -14,7 +14,7 @@ from zotune.errors import ConfigError
 Renderer = Callable[[Sequence[Result]], Section]
 
 RENDERERS: dict[str, Renderer] = {
-    "step": steps.render,
+    "step": step.render,
     "scaling": scaling.render,
     "overhead": overhead.render,
     "parity": parity.render,
