@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zotune.errors import ConfigError, unknown
-from zotune.export import adapter, merged, packing
+from zotune.export import adapter, journal_file, merged
 from zotune.export.drafts import drafted, refuse_existing, size
 from zotune.export.recipe import Recipe
 from zotune.paths import StrPath, expand
@@ -82,7 +82,7 @@ def export_run(
         elif format == "peft":
             made = adapter.write(recipe, draft, rank=rank, max_error=max_error)
         else:
-            packing.pack(recipe, draft)
+            journal_file.write(recipe, draft)
     return _outcome(out, format, recipe, began, made)
 
 
@@ -102,7 +102,7 @@ def apply_journal(base: StrPath, file: StrPath, out: StrPath, *, shard_size: str
     """
     began, out = time.perf_counter(), expand(out)
     refuse_existing(out)
-    recipe = packing.unpack(expand(file), os.fspath(base))
+    recipe = journal_file.read(expand(file), os.fspath(base))
     with drafted(out, folder=True) as draft:
         merged.write(recipe, draft, shard_size=shard_size)
     return _outcome(out, "merged", recipe, began)

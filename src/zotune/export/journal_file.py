@@ -24,7 +24,7 @@ FORMAT = "zotune-journal"
 VERSION = 1
 
 
-def pack(recipe: Recipe, file: Path) -> None:
+def write(recipe: Recipe, file: Path) -> None:
     """Write a recipe as one file; the same recipe gives the same bytes."""
     preface = json.dumps(_preface(recipe), separators=(",", ":")).encode()
     file.write_bytes(gzip.compress(preface + b"\n" + recipe.journal.path.read_bytes(), mtime=0))
@@ -40,13 +40,13 @@ def _preface(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def unpack(file: Path, base: str) -> Recipe:
+def read(file: Path, base: str) -> Recipe:
     """The recipe in a file, on a base model that is given as folder or hub id.
 
     Raises:
         JournalError: The file cannot be read, is damaged or cut short, is something else, or is of another version.
     """
-    preface, _, journal = _decompress(file).partition(b"\n")
+    preface, _, records = _decompress(file).partition(b"\n")
     about = _read_preface(file, preface)
     try:
         facts = Facts(**about["facts"])
@@ -60,14 +60,14 @@ def unpack(file: Path, base: str) -> Recipe:
         raise JournalError(f"{file} lacks what a journal file of version {VERSION} has: {error!r}") from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal.jsonl"
-        path.write_bytes(journal)
+        path.write_bytes(records)
         try:
-            read = Journal.open(path)
+            journal = Journal.open(path)
         except JournalError as error:
             raise JournalError(str(error).replace(str(path), str(file))) from error
     # From here on, messages are about the file and not about the copy, which is gone.
-    read.path = file
-    return Recipe(model, read, facts)
+    journal.path = file
+    return Recipe(model, journal, facts)
 
 
 def _decompress(file: Path) -> bytes:
