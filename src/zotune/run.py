@@ -15,16 +15,16 @@ import errno
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from zotune import tasks
+import torch
+
+from zotune import machine, tasks
 from zotune.config import AUTO, Config, MethodConfig, dump, load
 from zotune.durable import replace
 from zotune.errors import ConfigError, JournalError, RunExistsError
@@ -33,8 +33,6 @@ from zotune.journal import Header, Journal
 from zotune.paths import StrPath, expand
 from zotune.presets import get, refuse_unused, resolve, unused
 from zotune.watching import metrics
-
-_PACKAGES = ("zotune", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
 class RunDirectory:
@@ -221,40 +219,12 @@ def _is_json(line: bytes) -> bool:
 
 def manifest() -> dict[str, Any]:
     """Versions, hardware and command line of this process."""
-    import torch
-
     return {
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "versions": versions(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        **machine.describe(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that a result depends on; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def resolved(config: Config) -> Config:

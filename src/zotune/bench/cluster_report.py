@@ -14,7 +14,7 @@ from rich.table import Table
 from zotune.bench import cluster_check, steps
 from zotune.bench.cluster import Conditions, Costs, Simulated, simulate, step_seconds
 from zotune.bench.cluster_check import Measured
-from zotune.run import cpu_name, versions
+from zotune.machine import cpu_name, versions
 
 REPLICAS = tuple(4**power for power in range(7))
 """Numbers to simulate: 1 to 4,096."""

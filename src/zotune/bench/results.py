@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,9 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zotune import durable
 from zotune.errors import DataError
-from zotune.run import cpu_name, versions
+from zotune.machine import describe
 
 Case = Mapping[str, Any]
 """What is measured: every setting that a figure depends on, as JSON knows values."""
@@ -125,15 +126,10 @@ def _read(path: Path) -> Result:
 
 def machine() -> dict[str, Any]:
     """Where and with what a figure is measured, by this process."""
-    import torch
-
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+    found = describe()
+    return found | {
+        "versions": found["versions"] | _engines(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "platform": platform.platform(),
-        "versions": versions() | _engines(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

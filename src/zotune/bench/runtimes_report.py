@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from zotune.run import cpu_name, versions
+from zotune.machine import cpu_name, versions
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zotune.bench.memory import MemoryReport
-from zotune.run import cpu_name, versions
+from zotune.machine import cpu_name, versions
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from zotune.layout import Layout
+from zotune.machine import versions
 from zotune.rows import Row
-from zotune.run import versions
 from zotune.runtimes import precision, wire
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.blueprint import Blueprint
