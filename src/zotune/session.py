@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,10 +26,9 @@ from zotune.rows import Example, checksum
 from zotune.run import RunDirectory
 from zotune.runtimes.base import Runtime, foreseeing
 from zotune.runtimes.blueprint import Blueprint
+from zotune.runtimes.engine.runtime import EngineRuntime, Work
+from zotune.runtimes.replicas.runtime import RayRuntime
 from zotune.runtimes.sites import left_out
-
-if TYPE_CHECKING:
-    from zotune.runtimes.engine.runtime import EngineRuntime
 
 News = Callable[[], Iterable[str]]
 """What has happened to a runtime since the last call, in a line each."""
@@ -129,18 +128,13 @@ class Session:
 def _start(config: Config, blueprint: Blueprint, model: Any, data: Dataset) -> tuple[Runtime, News]:
     """The configured runtime, and where it tells what happens to it."""
     options = config.runtime
-    # What runs without vLLM or Ray must not need them.
     if options.inner == "vllm":
-        from zotune.runtimes.engine.runtime import Work
-
         blueprint = replace(blueprint, work=Work.of(data, config.train.batch_size, blueprint.method))
     if options.type == "vllm":
-        engine = cast("EngineRuntime", blueprint.build(model))
+        engine = cast(EngineRuntime, blueprint.build(model))
         return engine, engine.news
     if options.type == "torch":
         return blueprint.build(model), tuple
-    from zotune.runtimes.replicas.runtime import RayRuntime
-
     runtime = RayRuntime.start(blueprint, expand(config.output))
     return runtime, runtime.news
 

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from zotune import models
 from zotune.bench import steps
@@ -114,8 +115,6 @@ def prepared(case: Mapping[str, Any], data: Path | None) -> Iterator[steps.Setti
         path = None if name == DEMO else name
         yield steps.prepare(model=path, data=data, dtype=case["dtype"], batch_size=size, load=load)
         return
-    import torch
-
     with TemporaryDirectory() as folder:
         # 16-bit weights, so that every dtype begins with the same values.
         made = tiny.model(name.removeprefix(TINY), torch.bfloat16, head_size=_HEAD_SIZE)

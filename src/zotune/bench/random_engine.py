@@ -18,7 +18,7 @@ from zotune.layout import Layout
 from zotune.optimizer import Method
 from zotune.runtimes import precision
 from zotune.runtimes.embedded import EmbeddedRuntime
-from zotune.runtimes.engine import handshake, worker_settings
+from zotune.runtimes.engine import handshake, launch, worker_settings
 from zotune.runtimes.engine.lifeline import Lifeline
 from zotune.runtimes.engine.runtime import EngineRuntime, Work
 from zotune.runtimes.sites import find_sites
@@ -51,8 +51,6 @@ def start(network: PreTrainedModel, method: Method, works: Sequence[Work], *, co
         ModelError: vLLM cannot run the shape, or there is not enough memory.
         ConfigError: vLLM is not there, or not as it must be.
     """
-    from zotune.runtimes.engine import launch
-
     layout = Layout(tuple(find_sites(network, method.scope)))
     options = RuntimeConfig(type="vllm", vllm=EngineConfig(compile=compile))
     most = max(work.forward_tokens(options.max_tokens) for work in works)

@@ -20,6 +20,7 @@ from zotune.optimizer import Method
 from zotune.runtimes import precision
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import checkpoint_layout
+from zotune.runtimes.engine.runtime import EngineRuntime, Work
 from zotune.testing.baselines.lora_slots import LoraSlots
 from zotune.testing.baselines.public_api import PublicApi
 
@@ -130,8 +131,6 @@ def start(name: str, setting: steps.Setting, method: Method, seed: int = 0) -> s
     """
     if name == "torch":
         return EmbeddedRuntime(setting.model, method, seed=seed)
-    from zotune.runtimes.engine.runtime import EngineRuntime, Work
-
     work = Work.of(setting.dataset, setting.batch_size, method)
     dtype = precision.name(setting.model.dtype)
     config = ModelConfig.model_validate({"path": setting.model.name_or_path, "dtype": dtype})

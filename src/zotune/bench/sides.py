@@ -17,6 +17,7 @@ from zotune.models import chosen_device
 from zotune.optimizer import Method
 from zotune.rows import Example
 from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.engine.runtime import Work
 
 OFFICIAL = "official"
 SIDES = (OFFICIAL, "torch", "vllm", "vllm-compiled")
@@ -114,7 +115,5 @@ def start(case: Case, batches: Sequence[int]) -> Side:
 
 
 def _engine(case: Case, setting: Setting, method: Method, batches: Sequence[int]) -> Timed:
-    from zotune.runtimes.engine.runtime import Work
-
     works = [Work.of(setting.dataset, batch, method) for batch in batches]
     return random_engine.start(setting.model, method, works, compile=case["runtime"] == "vllm-compiled")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from zotune import models
 from zotune.config import ModelConfig, RuntimeConfig
@@ -11,9 +13,7 @@ from zotune.optimizer import Method
 from zotune.runtimes.base import Runtime
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import checkpoint_layout
-
-if TYPE_CHECKING:
-    from zotune.runtimes.engine.runtime import Work
+from zotune.runtimes.engine.runtime import EngineRuntime, Work
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,8 @@ class Blueprint:
         """
         options = self.options
         if options.type == "torch":
-            import torch
-
             if options.threads is not None:
                 torch.set_num_threads(options.threads)
             return EmbeddedRuntime(model, self.method, seed=self.seed, fold=options.fold, max_tokens=options.max_tokens)
-        # What runs without vLLM must not need it.
-        from zotune.runtimes.engine.runtime import EngineRuntime
-
         assert self.work is not None
         return EngineRuntime.start(self.model, model, self.method, seed=self.seed, options=options, work=self.work)

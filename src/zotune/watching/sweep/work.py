@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
+import torch
+
 from zotune.config import AUTO, Config
 from zotune.errors import ZotuneError
 from zotune.journal.branches import open_run
 from zotune.progress import Reporter
+from zotune.train import resume, start
 from zotune.watching.differences import shown, values
 from zotune.watching.standing import Standing, standing
 from zotune.watching.sweep.plan import Plan, Planned
@@ -61,10 +64,6 @@ def whereabouts(planned: Planned) -> Standing:
 
 def carry_on(planned: Planned, where: Standing, live: Reporter) -> None:
     """Start or go on with a run that is waiting or was interrupted; raises what `zotune.train` does."""
-    import torch
-
-    from zotune.train import resume, start
-
     threads = torch.get_num_threads()
     try:
         if where.state == "waiting":
@@ -78,8 +77,6 @@ def carry_on(planned: Planned, where: Standing, live: Reporter) -> None:
 
 def release() -> None:
     """Give back the memory of the run before: a model may hang in reference cycles."""
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
