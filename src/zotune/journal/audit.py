@@ -12,7 +12,7 @@ from zotune import checkpoint
 from zotune.config import load
 from zotune.errors import ZotuneError
 from zotune.journal.branches import finish
-from zotune.journal.records import Contents, Entry, differences, header_at, read, scan, shared
+from zotune.journal.records import Contents, Entry, differences, read, scan, shared
 from zotune.journal.settings import configured
 from zotune.run import RunDirectory
 from zotune.schedules import factor
@@ -123,7 +123,7 @@ def diff(a: Path, b: Path) -> Difference:
 def _learning_rates(contents: Contents) -> list[str]:
     """A line for the first step whose learning rate is not the one that its settings give."""
     for entry in contents.entries:
-        header = header_at(contents.header, contents.changes, entry.step)
+        header = contents.header_at(entry.step)
         method = header.method
         due = method["lr"] * factor(method["schedule"], entry.step, header.steps, method["warmup_steps"])
         # Another C library may round a cosine differently.
@@ -134,7 +134,7 @@ def _learning_rates(contents: Contents) -> list[str]:
 
 def _configuration(run: RunDirectory, contents: Contents) -> list[str]:
     """A line per setting in which the configuration is not what the journal says."""
-    header = header_at(contents.header, contents.changes, len(contents.entries))
+    header = contents.header_at(len(contents.entries))
     try:
         now = configured(header, load(run.config))
     except ZotuneError as error:

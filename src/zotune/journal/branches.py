@@ -22,7 +22,7 @@ from zotune.durable import sync
 from zotune.errors import ConfigError, JournalError, unknown
 from zotune.evaluate import Metrics
 from zotune.journal import locked
-from zotune.journal.records import Contents, header_at, line, read, scan, shared
+from zotune.journal.records import Contents, line, read, scan, shared
 from zotune.journal.settings import changed
 from zotune.paths import StrPath
 from zotune.run import RunDirectory
@@ -162,7 +162,7 @@ def _opened(path: StrPath) -> Iterator[RunDirectory]:
 
 def _go_back(run: RunDirectory, contents: Contents, step: int, overrides: Sequence[str], prefix: str) -> Branch:
     """Continue from what the journal says of the first ``step`` steps."""
-    header = header_at(contents.header, contents.changes, step)
+    header = contents.header_at(step)
     config, change = changed(run.config, header, step, overrides)
     records = [*contents.records(step), *([change] if change else [])]
     files = {each.name: _until(each, step) for each in (run.metrics, run.predictions) if each.is_file()}

@@ -9,7 +9,6 @@ import json
 import math
 import shlex
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -148,6 +147,17 @@ class Contents(NamedTuple):
         """
         return f"{self.checks[step]:08x}" if step < len(self.checks) else None
 
+    def header_at(self, step: int) -> Header:
+        """The header with the settings that hold for ``step``, counted from 0."""
+        header = self.header
+        for change in self.changes:
+            if change.step <= step:
+                values = dict(change.settings)
+                steps: Any = values.pop("steps", header.steps)
+                method = {name.removeprefix("method."): value for name, value in values.items()}
+                header = replace(header, method=header.method | method, steps=steps)
+        return header
+
     def records(self, stop: int) -> list[Header | Entry | Change]:
         """The records up to ``stop`` steps in the order of the file, a change that holds from there on included."""
         steps: list[Entry | Change] = [
@@ -209,17 +219,6 @@ def scan(path: Path) -> Contents:
             changes.append(record)
         sound += len(text)
     return Contents(header, entries, changes, sound, sum(map(len, lines)), damage, checks)
-
-
-def header_at(header: Header, changes: Sequence[Change], step: int) -> Header:
-    """The header with the settings that hold for ``step``, counted from 0."""
-    for change in changes:
-        if change.step <= step:
-            values = dict(change.settings)
-            steps: Any = values.pop("steps", header.steps)
-            method = {name.removeprefix("method."): value for name, value in values.items()}
-            header = replace(header, method=header.method | method, steps=steps)
-    return header
 
 
 def shared(a: Contents, b: Contents) -> int:

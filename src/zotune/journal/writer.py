@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zotune.errors import JournalError
-from zotune.journal.records import Contents, Entry, Header, differences, header_at, line, read
+from zotune.journal.records import Contents, Entry, Header, differences, line, read
 
 _SYNC_SECONDS = 1.0
 _HINTS = {
@@ -85,8 +85,8 @@ class Journal:
         self._file = file
 
     def header_at(self, step: int) -> Header:
-        """The header with the settings that hold for ``step``, counted from 0."""
-        return header_at(self.header, self.changes, step)
+        """See `zotune.journal.records.Contents.header_at`."""
+        return self._contents.header_at(step)
 
     def identity(self, step: int) -> str | None:
         """See `zotune.journal.records.Contents.identity`."""

@@ -8,7 +8,7 @@ from typing import Literal
 from zotune import stopping
 from zotune.config import Config
 from zotune.errors import StopRun
-from zotune.journal import Journal
+from zotune.journal import read
 from zotune.run import RunDirectory
 
 State = Literal["waiting", "interrupted", "finished", "stopped early", "diverged", "failed"]
@@ -42,7 +42,7 @@ def standing(run: RunDirectory, config: Config) -> Standing:
     Raises:
         JournalError: Its journal cannot be read.
     """
-    entries, train = Journal.open(run.journal).entries, config.train
+    entries, train = read(run.journal).entries, config.train
     done, evaluations = len(entries), run.evaluations()
     if done in evaluations:
         if done >= train.steps:

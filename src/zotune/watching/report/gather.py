@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zotune.config import Config
-from zotune.journal import Journal
+from zotune.journal import read
 from zotune.journal.branches import open_run
 from zotune.presets import PRESETS, resolve
 from zotune.progress import SCORES, duration
@@ -209,17 +209,17 @@ def _timings(recorded: RunMetrics, config: Config) -> Timings:
 
 
 def _journal(run: RunDirectory) -> Facts:
-    journal, size = Journal.open(run.journal), run.journal.stat().st_size
-    header = asdict(journal.header)
-    per_step = f", {size / len(journal.entries):.0f} bytes a step" if journal.entries else ""
+    journal = read(run.journal)
+    header, steps = journal.header, len(journal.entries)
+    per_step = f", {journal.size / steps:.0f} bytes a step" if steps else ""
     return (
-        ("steps", f"{len(journal.entries):,}"),
-        ("size", f"{size:,} bytes{per_step}"),
-        ("seed", str(header["seed"])),
-        ("fold", str(header["fold"])),
-        ("base model", str(header["model"])),
-        ("layout", str(header["layout"])),
-        ("data", str(header["data"])),
+        ("steps", f"{steps:,}"),
+        ("size", f"{journal.size:,} bytes{per_step}"),
+        ("seed", str(header.seed)),
+        ("fold", header.fold),
+        ("base model", header.model),
+        ("layout", header.layout),
+        ("data", header.data),
     )
 
 
