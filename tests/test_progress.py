@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from zotune.progress import Smoothed, TerminalReporter, duration, percent
+from zotune.progress import Smoothed, TerminalReporter
 
 
 class Clock:
@@ -151,12 +151,3 @@ def test_in_a_notebook_one_line_is_replaced() -> None:
     (live,) = (each.data for each in outputs if each.output_type == "display_data")
     assert live == {"text/plain": "step 40/40  loss 0.600  smoothed 0.600  accuracy 80.0 %  100 rows/s"}
     assert "\x1b" not in json.dumps(outputs)
-
-
-@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (250, "4:10"), (7325, "2:02:05")])
-def test_duration(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
-
-
-def test_percent() -> None:
-    assert percent(0.78349) == "78.3 %"

@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from zotune.config import Config, DataConfig, MethodConfig, ModelConfig, TrainConfig
 from zotune.errors import DataError
+from zotune.figures import percent
 from zotune.paths import expand
 
 Notice = Callable[[str], None]
@@ -277,7 +278,7 @@ def _make_reviews(source: Path, folder: Path, notice: Notice) -> None:
         lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
         share = sum(label for _, label in rows) / len(rows)
-        notice(f"film reviews, {name}: {len(rows)} rows, {100 * share:.1f} % positive")
+        notice(f"film reviews, {name}: {len(rows)} rows, {percent(share)} positive")
 
 
 def _read_ratings(source: Path) -> str:

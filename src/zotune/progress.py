@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from zotune.errors import CallbackError, ConfigError, StopRun, ZotuneError
+from zotune.figures import duration, percent
 
 Record = Mapping[str, Any]
 """One line of ``metrics.jsonl``."""
@@ -329,18 +330,6 @@ class _NotebookLine:
 def _plain(text: str) -> dict[str, str]:
     """A notebook's bundle of plain text."""
     return {"text/plain": text}
-
-
-def percent(share: float) -> str:
-    """``0.783`` as ``78.3 %``."""
-    return f"{100 * share:.1f} %"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _loss(label: str, value: float | None) -> str:

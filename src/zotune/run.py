@@ -29,6 +29,7 @@ from zotune.config import AUTO, Config, MethodConfig, dump, load
 from zotune.durable import replace
 from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Evaluation, Metrics
+from zotune.figures import as_json
 from zotune.journal import Header, Journal
 from zotune.paths import StrPath, expand
 from zotune.presets import get, refuse_unused, resolve, unused
@@ -131,7 +132,7 @@ class RunDirectory:
         Raises:
             JournalError: It cannot be written, for example because the disk is full.
         """
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        clean = as_json(record)
         self._append(self.metrics, clean)
         return clean
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from zotune.bench.results import Case, Result, Results, told
 from zotune.errors import ZotuneError, reason
-from zotune.progress import duration
+from zotune.figures import duration
 
 Figures = Mapping[str, Any]
 

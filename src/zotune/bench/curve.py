@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -10,6 +9,7 @@ from typing import Any
 
 from zotune.data import BatchOrder
 from zotune.evaluate import Metrics
+from zotune.figures import finite
 from zotune.rows import Example
 
 
@@ -77,7 +77,7 @@ def along(found: Iterable[Evaluated], spent: Sequence[Spent]) -> Curve:
             spent[each.step].rows,
             spent[each.step].tokens,
             round(each.seconds, 3),
-            each.metrics.loss if math.isfinite(each.metrics.loss) else None,
+            finite(each.metrics.loss),
             each.metrics.accuracy,
         )
         for each in found

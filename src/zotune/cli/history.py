@@ -13,7 +13,7 @@ from rich.table import Table
 
 from zotune.cli.program import AsJson, RunPath, app, command_line, print_json
 from zotune.errors import ConfigError
-from zotune.progress import percent
+from zotune.figures import percent
 
 if TYPE_CHECKING:
     from zotune.journal.branches import Branch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from zotune.cli.program import AsJson, app, command_line, print_json
 from zotune.errors import ConfigError
+from zotune.figures import finite
 
 if TYPE_CHECKING:
     from zotune.journal.audit import Difference, Verdict
@@ -110,7 +110,7 @@ def _contents_record(contents: Contents, entries: list[Entry]) -> dict[str, Any]
 
 def _entry_record(entry: Entry) -> dict[str, Any]:
     """A step as people count it, from 1."""
-    losses = [loss if math.isfinite(loss) else None for loss in entry.losses]
+    losses = list(map(finite, entry.losses))
     return {**asdict(entry), "step": entry.step + 1, "losses": losses, "skipped": not entry.coefficients}
 
 

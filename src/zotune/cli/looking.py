@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zotune.cli.program import AsJson, RunPath, app, print_json
-from zotune.progress import percent
+from zotune.figures import percent
 
 if TYPE_CHECKING:
     from zotune.presets import Preset

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import shlex
 import shutil
@@ -20,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from zotune.errors import ZotuneError, reason
+from zotune.figures import as_json
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -103,5 +103,4 @@ def command_line(*words: str | Path) -> str:
 
 def print_json(record: Mapping[str, Any]) -> None:
     """One line of JSON, with null for numbers that are not finite."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    typer.echo(json.dumps(clean))
+    typer.echo(json.dumps(as_json(record)))

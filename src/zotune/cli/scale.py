@@ -10,7 +10,7 @@ from rich.table import Table
 
 from zotune.cli.program import AsJson, RunPath, app, command_line, print_json
 from zotune.errors import ConfigError, JournalError
-from zotune.progress import percent
+from zotune.figures import percent
 
 if TYPE_CHECKING:
     from zotune.run import RunDirectory

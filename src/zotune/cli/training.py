@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from zotune.cli.program import INTERRUPTED, TERMINATED, AsJson, RunPath, app, command_line, print_json
+from zotune.figures import duration, percent
 from zotune.paths import expand
-from zotune.progress import LastingConsole, Reporter, TerminalReporter, duration, percent
+from zotune.progress import LastingConsole, Reporter, TerminalReporter
 from zotune.signals import Terminated
 
 if TYPE_CHECKING:

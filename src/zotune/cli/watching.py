@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from zotune.cli.program import INTERRUPTED, AsJson, RunPath, app, command_line, print_json
-from zotune.progress import LastingConsole, TerminalReporter, duration, percent
+from zotune.figures import duration, percent
+from zotune.progress import LastingConsole, TerminalReporter
 
 if TYPE_CHECKING:
     from zotune.watching.sweep import Group, Row, Summary

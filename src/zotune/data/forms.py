@@ -13,6 +13,7 @@ from zotune.data.conversation import Conversation, turns_of
 from zotune.data.encode import Encoded, Encoder, Text
 from zotune.data.templates import Record, Template, lookup, texts
 from zotune.errors import DataError
+from zotune.figures import percent
 from zotune.objectives import CandidateCrossEntropy, CompletionNLL, Objective
 from zotune.rows import Example
 
@@ -104,7 +105,7 @@ class Classification:
     def _balance(self, gold: Sequence[int]) -> str:
         counts = Counter(gold)
         shares = (
-            f"{candidate.text.strip()} {100 * counts[index] / len(gold):.1f} %"
+            f"{candidate.text.strip()} {percent(counts[index] / len(gold))}"
             for index, candidate in enumerate(self.candidates)
         )
         return f"{len(gold)} rows, {', '.join(shares)}"

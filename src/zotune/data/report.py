@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from zotune.figures import percent
 from zotune.rows import Example, Row
 
 RARE = 0.1
@@ -51,18 +52,18 @@ def balance(classes: Sequence[str], train: Sequence[Example], validation: Sequen
     parts = {"train": _shares(classes, train), "validation": _shares(classes, validation)}
     rare = min(RARE, 0.5 / len(classes))
     told = [
-        f"{part}: only {100 * share:.1f} % of the rows are {name!r}"
+        f"{part}: only {percent(share)} of the rows are {name!r}"
         for part, shares in parts.items()
         for name, share in zip(classes, shares, strict=True)
         if share < rare
     ]
     told += [
-        f"{name!r} is {100 * a:.1f} % of the training rows but {100 * b:.1f} % of the validation rows"
+        f"{name!r} is {percent(a)} of the training rows but {percent(b)} of the validation rows"
         for name, a, b in zip(classes, *parts.values(), strict=True)
         if abs(a - b) > max(APART, 2 * (a * (1 - a) / len(validation)) ** 0.5)
     ]
     share, name = max(zip(parts["validation"], classes, strict=True), key=lambda each: each[0])
-    return [*told, f"validation: always {name!r} would be right in {100 * share:.1f} %; accuracy counts from there"]
+    return [*told, f"validation: always {name!r} would be right in {percent(share)}; accuracy counts from there"]
 
 
 def _shares(classes: Sequence[str], examples: Sequence[Example]) -> list[float]:

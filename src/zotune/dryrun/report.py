@@ -13,9 +13,9 @@ from zotune import models
 from zotune.config import Config
 from zotune.dryrun.estimate import Memory, Time, measure
 from zotune.dryrun.tokens import TokenRow
+from zotune.figures import duration, size
 from zotune.layout import Layout
 from zotune.paths import expand
-from zotune.progress import duration
 from zotune.rows import Example
 from zotune.run import resolved
 from zotune.session import Session
@@ -179,17 +179,9 @@ def _extent(shape: tuple[int, ...]) -> str:
 
 def _needs(memory: Memory, seconds: Time) -> list[str]:
     return [
-        f"memory, estimated: {_bytes(memory.total)} = weights {_bytes(memory.weights)} + directions and updates "
-        f"{_bytes(memory.factors)} + activations of the largest batch {_bytes(memory.activations)}",
-        f"memory, measured: {_bytes(memory.measured)} at most, the program itself included, while one step was scored",
+        f"memory, estimated: {size(memory.total)} = weights {size(memory.weights)} + directions and updates "
+        f"{size(memory.factors)} + activations of the largest batch {size(memory.activations)}",
+        f"memory, measured: {size(memory.measured)} at most, the program itself included, while one step was scored",
         f"time, estimated: {duration(seconds.total)} at {seconds.step:.2g} s per step and {seconds.evaluation:.2g} s "
         "per evaluation, from scoring one step's probes; updates and generation come on top",
     ]
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from huggingface_hub import ModelCardData, metadata_load
 
 from zotune.config import Config, DataConfig
 from zotune.evaluate import Metrics
+from zotune.figures import finite, percent
 from zotune.journal import Journal
 from zotune.presets import PRESETS
-from zotune.progress import percent
 from zotune.run import RunDirectory
 
 _SHOWN = ("lr", "eps", "scope", "directions", "weight_decay", "schedule")
@@ -147,8 +146,7 @@ def _rows(facts: Facts, dtype: str) -> list[tuple[str, str]]:
 
 
 def _evaluation(step: int, metrics: Metrics) -> dict[str, Any]:
-    loss = metrics.loss if math.isfinite(metrics.loss) else None
-    return {"step": step, "loss": loss, "shares": metrics.shares, "examples": metrics.examples}
+    return {"step": step, "loss": finite(metrics.loss), "shares": metrics.shares, "examples": metrics.examples}
 
 
 def _metrics(evaluation: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from zotune.errors import JournalError
+from zotune.figures import finite
 
 VERSION = 1
 
@@ -171,7 +172,7 @@ def line(record: Header | Entry | Change) -> bytes:
     """The line of a record, with null for losses that are not finite."""
     values = dict(vars(record))
     if isinstance(record, Entry):
-        values["losses"] = [loss if math.isfinite(loss) else None for loss in record.losses]
+        values["losses"] = list(map(finite, record.losses))
     body = _ENCODER.encode(values)
     return f'{body[:-1]},"crc":"{zlib.crc32(body.encode()):08x}"}}\n'.encode()
 

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import TypeIs
 
 from zotune.errors import ModelError
+from zotune.figures import percent
 from zotune.layout import Layout, Site
 from zotune.runtimes import norms
 
@@ -108,7 +109,7 @@ def left_out(model: PreTrainedModel, layout: Layout) -> list[str]:
         (towers, "do not belong to the text model and stay as they are"),
     )
     return [
-        f"{len(names)} parameters, {100 * sum(names.values()) / total:.1f} % of the model, {what}; "
+        f"{len(names)} parameters, {percent(sum(names.values()) / total)} of the model, {what}; "
         f"among them {next(iter(names))}"
         for names, what in told
         if names

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zotune.errors import ConfigError, unknown
+from zotune.figures import percent
 from zotune.paths import StrPath, expand
-from zotune.progress import Smoothed, percent
+from zotune.progress import Smoothed
 from zotune.watching import metrics
 from zotune.watching.metrics import RunMetrics, number
 

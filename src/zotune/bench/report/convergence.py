@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zotune.bench.curve import Curve, Point, reached, restored
 from zotune.bench.report.section import Section, failures, grouped, paragraphs, provenance, sound, table
 from zotune.bench.results import Result
-from zotune.progress import duration
+from zotune.figures import duration
 from zotune.watching.metrics import number
 from zotune.watching.overlays import PALETTE
 from zotune.watching.plots import INK, in_percent, panels

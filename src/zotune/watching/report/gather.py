@@ -13,7 +13,7 @@ from zotune.config import Config
 from zotune.journal import read
 from zotune.journal.branches import open_run
 from zotune.presets import PRESETS, resolve
-from zotune.progress import SCORES, duration
+from zotune.progress import SCORES
 from zotune.run import RunDirectory
 from zotune.watching import metrics
 from zotune.watching.differences import defaults, shown, values
@@ -254,10 +254,3 @@ def _environment(run: RunDirectory) -> Facts:
     except (KeyError, TypeError, AttributeError):
         return ()
     return tuple((label, str(value)) for label, value in facts.items())
-
-
-def elapsed(seconds: float) -> str:
-    """A duration for people: milliseconds and seconds where it is short."""
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)

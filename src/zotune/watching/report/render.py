@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zotune.progress import percent
+from zotune.figures import elapsed, percent
 from zotune.watching.report.curves import curves
 from zotune.watching.report.examples import Changed
-from zotune.watching.report.gather import Outcome, Report, elapsed
+from zotune.watching.report.gather import Outcome, Report
 
 SHOWN = 24
 """Examples of a kind on the page; of more, the number is told."""

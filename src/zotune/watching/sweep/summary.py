@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import ConfigError, JournalError
+from zotune.figures import finite
 from zotune.progress import SCORES
 from zotune.watching import metrics
 from zotune.watching.metrics import RunMetrics, number
@@ -149,7 +150,7 @@ def _row(
     evaluations = found.evaluations if found else ()
     losses = [number(each["loss"]) for each in evaluations]
     scores = [number(each.get(score)) for each in evaluations] if score else []
-    finite = [loss for loss in losses if math.isfinite(loss)]
+    sound = [loss for loss in losses if math.isfinite(loss)]
     known = [share for share in scores if math.isfinite(share)]
     return Row(
         name=planned.name,
@@ -158,9 +159,9 @@ def _row(
         reason=reason,
         steps=where.steps,
         seconds=round(found.seconds, 3) if found else 0.0,
-        loss=_finite(losses[-1]) if losses else None,
-        best_loss=min(finite, default=None),
-        score=_finite(scores[-1]) if scores else None,
+        loss=finite(losses[-1]) if losses else None,
+        best_loss=min(sound, default=None),
+        score=finite(scores[-1]) if scores else None,
         best_score=max(known, default=None),
     )
 
@@ -200,10 +201,6 @@ def _deviation(values: Sequence[float]) -> float | None:
 def _rank(row: Row | Group) -> tuple[float, float]:
     """Ascending from the best; what has no figures comes last."""
     return (math.inf if row.score is None else -row.score, math.inf if row.loss is None else row.loss)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _recorded(folder: Path) -> dict[str, str]:

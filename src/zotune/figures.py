@@ -1,0 +1,45 @@
+"""Figures as people read them, and as JSON takes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def percent(share: float) -> str:
+    """``0.783`` as ``78.3 %``."""
+    return f"{100 * share:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def elapsed(seconds: float) -> str:
+    """As `duration`, but for short ones in seconds, or in milliseconds."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+
+
+def size(count: float) -> str:
+    """Bytes as ``12.3 MB``."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def finite(value: float) -> float | None:
+    """The number itself, or None: JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+def as_json(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with None for numbers that are not finite."""
+    return {name: finite(value) if isinstance(value, float) else value for name, value in record.items()}

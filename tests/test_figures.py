@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from zotune.figures import as_json, duration, elapsed, percent, size
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (250, "4:10"), (7325, "2:02:05")])
+def test_duration(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_percent() -> None:
+    assert percent(0.78349) == "78.3 %"
+
+
+def test_elapsed_is_short_where_little_time_has_passed() -> None:
+    assert [elapsed(seconds) for seconds in (0.25, 2.25, 61)] == ["250 ms", "2.2 s", "1:01"]
+
+
+def test_size_has_three_digits_and_a_unit() -> None:
+    assert list(map(size, (12, 999, 44_100, 999_600, 123_456_789, 1.5e9))) == [
+        *("12 bytes", "999 bytes", "44.1 kB", "1 MB", "123 MB", "1.5 GB"),
+    ]
+
+
+def test_json_gets_no_number_that_it_does_not_have() -> None:
+    record = {"loss": math.nan, "best": -math.inf, "step": 3, "done": True, "lr": 0.5, "name": "a"}
+    assert as_json(record) == {"loss": None, "best": None, "step": 3, "done": True, "lr": 0.5, "name": "a"}
