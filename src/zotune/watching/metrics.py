@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from zotune.errors import JournalError
-from zotune.progress import SCORES
+from zotune.progress import SCORES, Smoothed
 
 
 class _Step(TypedDict):
@@ -128,3 +128,9 @@ def _ascending(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
 def number(value: float | None) -> float:
     """NaN, which leaves a gap in a curve, for what is missing or not finite."""
     return value if value is not None and math.isfinite(value) else math.nan
+
+
+def smoothed(values: Iterable[float | None]) -> list[float]:
+    """The moving average after each value (`zotune.progress.Smoothed`); NaN before the first that counts."""
+    average = Smoothed()
+    return [number(average.add(value)) for value in values]

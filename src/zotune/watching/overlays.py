@@ -13,10 +13,9 @@ from zotune.journal.branches import open_run
 from zotune.optimizer import Optimizer
 from zotune.paths import StrPath, expand
 from zotune.presets import resolve
-from zotune.progress import Smoothed
 from zotune.watching import metrics
 from zotune.watching.differences import labels, values
-from zotune.watching.metrics import RunMetrics, number
+from zotune.watching.metrics import RunMetrics, number, smoothed
 from zotune.watching.plots import INK, in_percent, panels, save, score_label
 
 if TYPE_CHECKING:
@@ -76,10 +75,9 @@ def draw(curves: Sequence[Curves], x: str = "steps") -> Figure:
             "color": PALETTE[place % len(PALETTE)],
             "linestyle": DASHES[place // len(PALETTE) % len(DASHES)],
         }
-        average = Smoothed()
         steps = [record["step"] for record in each.metrics.steps]
-        smoothed = [number(average.add(record["loss"])) for record in each.metrics.steps]
-        axes[0].plot([each.at(step) for step in steps], smoothed, linewidth=1.8, **style)
+        losses = smoothed(record["loss"] for record in each.metrics.steps)
+        axes[0].plot([each.at(step) for step in steps], losses, linewidth=1.8, **style)
         for panel, key in zip(axes[1:], judged, strict=True):
             places = [each.at(record["step"]) for record in each.metrics.evaluations]
             heights = [number(record.get(key)) for record in each.metrics.evaluations]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zotune.errors import ConfigError, unknown
 from zotune.figures import percent
 from zotune.paths import StrPath, expand
-from zotune.progress import Smoothed
+from zotune.progress import Record
 from zotune.watching import metrics
-from zotune.watching.metrics import RunMetrics, number
+from zotune.watching.metrics import RunMetrics, number, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,13 +52,8 @@ def draw(run: RunMetrics, title: str) -> Figure:
 
 def draw_loss(axes: Axes, run: RunMetrics) -> None:
     """Loss of each batch, smoothed, and on the validation rows."""
-    steps = [record["step"] for record in run.steps]
-    losses = [number(record["loss"]) for record in run.steps]
-    average = Smoothed()
-    smoothed = [number(average.add(loss)) for loss in losses]
-    if steps:
-        axes.plot(steps, losses, color=LOSS, alpha=0.25, linewidth=0.9, label="batch")
-        axes.plot(steps, smoothed, color=LOSS, linewidth=2, label="batch, smoothed")
+    if run.steps:
+        draw_steps(axes, run, lambda record: record["loss"])
     if run.evaluations:
         axes.plot(
             [record["step"] for record in run.evaluations],
@@ -67,6 +62,14 @@ def draw_loss(axes: Axes, run: RunMetrics) -> None:
         )  # fmt: skip
     axes.set_ylabel("loss")
     axes.legend(frameon=False, labelcolor=INK, fontsize=10)
+
+
+def draw_steps(axes: Axes, run: RunMetrics, figure: Callable[[Record], float | None]) -> None:
+    """A figure of each step, and its moving average."""
+    steps = [record["step"] for record in run.steps]
+    heights = [figure(record) for record in run.steps]
+    axes.plot(steps, list(map(number, heights)), color=LOSS, alpha=0.25, linewidth=0.9, label="batch")
+    axes.plot(steps, smoothed(heights), color=LOSS, linewidth=2, label="batch, smoothed")
 
 
 def draw_score(axes: Axes, run: RunMetrics, name: str) -> None:

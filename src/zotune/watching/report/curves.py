@@ -7,9 +7,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from zotune.progress import Record, Smoothed
-from zotune.watching.metrics import RunMetrics, number
-from zotune.watching.plots import EVALUATION, INK, LOSS, MUTED, SCORE, draw_loss, draw_score, style
+from zotune.watching.metrics import RunMetrics
+from zotune.watching.plots import EVALUATION, INK, LOSS, MUTED, SCORE, draw_loss, draw_score, draw_steps, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,23 +30,15 @@ def curves(run: RunMetrics) -> dict[str, str]:
 
 
 def _draw_speed(axes: Axes, run: RunMetrics) -> None:
-    _draw_steps(axes, run, lambda record: record["rows_per_s"])
+    draw_steps(axes, run, lambda record: record["rows_per_s"])
     axes.set_ylim(bottom=0)
     axes.set_ylabel("rows per second")
 
 
 def _draw_coefficients(axes: Axes, run: RunMetrics) -> None:
-    _draw_steps(axes, run, lambda record: max(map(abs, record["coefficients"]), default=None))
+    draw_steps(axes, run, lambda record: max(map(abs, record["coefficients"]), default=None))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("largest |coefficient|")
-
-
-def _draw_steps(axes: Axes, run: RunMetrics, figure: Callable[[Record], float | None]) -> None:
-    """A figure of each step, and its moving average."""
-    steps, average = [record["step"] for record in run.steps], Smoothed()
-    heights = [number(figure(record)) for record in run.steps]
-    axes.plot(steps, heights, color=LOSS, alpha=0.25, linewidth=0.9)
-    axes.plot(steps, [number(average.add(height)) for height in heights], color=LOSS, linewidth=2)
 
 
 def _svg(name: str, draw: Callable[[Axes], None]) -> str:
