@@ -90,6 +90,11 @@ class Method:
         """Factor of ``U V^T`` in a direction."""
         return 1 / math.sqrt(self.rank) if self.normalised else 1.0
 
+    @property
+    def probes(self) -> int:
+        """Probes of every step."""
+        return len(Optimizer(self, steps=1).ask(0).probes)
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -120,7 +125,7 @@ class Optimizer:
             NonFiniteLossError: A loss is NaN or infinite, or a coefficient is not a finite float32; `skip` gives the
                 update that leaves the weights alone.
         """
-        if proposal != (asked := self.ask(proposal.step)):
+        if proposal != self.ask(proposal.step):
             raise ValueError(f"the proposal of step {proposal.step} was not asked from this optimizer")
         if len(losses) != len(proposal.probes):
             raise ValueError(f"got {len(losses)} losses for the {len(proposal.probes)} probes of step {proposal.step}")
@@ -130,7 +135,7 @@ class Optimizer:
         coefficients = estimator.coefficients([float(x) for x in losses], eps)
         if not all(abs(coefficient) <= _LARGEST for coefficient in coefficients):
             raise NonFiniteLossError(f"step {proposal.step}: coefficients {coefficients} are not finite in float32")
-        return self._update(asked, coefficients)
+        return self.update(proposal.step, coefficients)
 
     def skip(self, proposal: Proposal) -> Update:
         """The update of a step without an estimate: the weights stay, but a window still closes in its time."""
@@ -144,15 +149,13 @@ class Optimizer:
             coefficients: One per direction, or none.
             lr: The learning rate that a journal has for the step; default: the schedule's.
         """
-        return self._update(self.ask(step), coefficients, lr)
-
-    def _update(self, proposal: Proposal, coefficients: Sequence[float], lr: float | None = None) -> Update:
+        proposal = self.ask(step)
         keys = dict.fromkeys(probe.key for probe in proposal.probes if probe.key is not None)
         terms = tuple(zip(keys, coefficients, strict=True)) if coefficients else ()
         if lr is None:
-            lr = self.method.lr * self._factor(proposal.step)
-        closes = self.method.family == "low-rank" and (proposal.step + 1) % self.method.interval == 0
-        return Update(proposal.step, proposal.window, terms, lr, closes)
+            lr = self.method.lr * self._factor(step)
+        closes = self.method.family == "low-rank" and (step + 1) % self.method.interval == 0
+        return Update(step, proposal.window, terms, lr, closes)
 
     def _factor(self, step: int) -> float:
         return factor(self.method.schedule, step, self.steps, self.method.warmup_steps)

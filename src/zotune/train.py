@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,12 +188,7 @@ def _train(
             reporter.notice(f"{interrupted} after step {len(journal.entries)}: saving")
             upkeep.save()
             raise interrupted.outcome from None
-    return _summary(run, journal, upkeep.evaluations, seconds, stopped)
-
-
-def _summary(
-    run: RunDirectory, journal: Journal, evaluations: Mapping[int, Metrics], seconds: float, stopped: str | None
-) -> Summary:
+    evaluations = upkeep.evaluations
     return Summary(
         run.path,
         steps=len(journal.entries),

@@ -28,7 +28,6 @@ from zotune.progress import SilentReporter
 from zotune.rows import Example
 from zotune.run import RunDirectory
 from zotune.watching import metrics
-from zotune.watching.overlays import probes_per_step
 from zotune.watching.sweep import Planned
 from zotune.watching.sweep.work import carry_on, release, whereabouts
 
@@ -115,7 +114,7 @@ def measure(entry: Entry) -> cases.Figures:
             found, spent, lr = list(train(procedure, entry.config)), procedure.spent, entry.config.method.lr
         else:
             found, lr = _run(entry)
-            spent = _packed(probes_per_step(entry.config))
+            spent = _packed(resolve(entry.config.method).probes)
     finally:
         release()
     _, data = load(entry.config, mapped=True)
@@ -123,7 +122,7 @@ def measure(entry: Entry) -> cases.Figures:
     order = BatchOrder(len(data.train), options.batch_size, options.seed)
     before = Spent()
     if method.lr == AUTO:
-        probed = _packed(len(learning_rate.probing(resolve(method)).ask(0).probes))
+        probed = _packed(learning_rate.probing(resolve(method)).method.probes)
         before = curve.spending(probed, data.train, order, learning_rate.STEPS)[-1]
     spending = [before + each for each in curve.spending(spent, data.train, order, options.steps)]
     return {**curve.figures(curve.along(found, spending)), "lr": lr}
@@ -131,7 +130,7 @@ def measure(entry: Entry) -> cases.Figures:
 
 def _cost(entry: Entry) -> float:
     options = entry.config.train
-    factor = OFFICIAL_COST if entry.contender.name in PROCEDURES else probes_per_step(entry.config) / 2
+    factor = OFFICIAL_COST if entry.contender.name in PROCEDURES else resolve(entry.config.method).probes / 2
     return factor * options.steps * options.batch_size
 
 

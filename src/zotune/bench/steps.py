@@ -198,13 +198,9 @@ class Stepper:
 
     def tokens(self, batch: Sequence[Example]) -> int:
         """Tokens that a step on this batch computes, all probes counted."""
-        return work.step_tokens(_rows(batch), self._probes)
+        return work.step_tokens(_rows(batch), self.optimizer.method.probes)
 
     def flops(self, batch: Sequence[Example]) -> float:
         """See `zotune.bench.work.step_flops`."""
         normalised = self.objective.normalised
-        return work.step_flops(self.setting.model, _rows(batch), self._probes, normalised=normalised)
-
-    @property
-    def _probes(self) -> int:
-        return len(self.optimizer.ask(0).probes)
+        return work.step_flops(self.setting.model, _rows(batch), self.optimizer.method.probes, normalised=normalised)

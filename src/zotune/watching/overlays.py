@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from zotune.config import Config
 from zotune.errors import ConfigError, unknown
 from zotune.journal.branches import open_run
-from zotune.optimizer import Optimizer
 from zotune.paths import StrPath, expand
 from zotune.presets import resolve
 from zotune.watching import metrics
@@ -126,11 +125,6 @@ def _seconds(run: RunMetrics, config: Config) -> Callable[[int], float]:
     return run.clock()
 
 
-def probes_per_step(config: Config) -> int:
-    """How many probes each step of a run scores."""
-    return len(Optimizer(resolve(config.method), config.train.steps).ask(0).probes)
-
-
 def _forwards(run: RunMetrics, config: Config) -> Callable[[int], float]:
-    probes = probes_per_step(config)
+    probes = resolve(config.method).probes
     return lambda step: float(probes * step)

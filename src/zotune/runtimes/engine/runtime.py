@@ -18,7 +18,7 @@ from zotune.data import Dataset
 from zotune.errors import EngineError, JournalError, ModelError, reason
 from zotune.evaluate import MAX_NEW_TOKENS
 from zotune.layout import Layout
-from zotune.optimizer import Method, Optimizer
+from zotune.optimizer import Method
 from zotune.presets import PRESETS
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
@@ -61,7 +61,7 @@ class Work:
         longest = max(len(tokens) for row in rows for tokens in row.sequences) + written
         mean = sum(row.n_tokens for row in rows) / len(rows)
         largest = max(row.n_tokens for row in rows)
-        return cls(int(batch_size * len(Optimizer(method, 1).ask(0).probes) * mean), longest, largest)
+        return cls(int(batch_size * method.probes * mean), longest, largest)
 
 
 class EngineRuntime:

@@ -18,7 +18,6 @@ from zotune.run import RunDirectory
 from zotune.watching import metrics
 from zotune.watching.differences import defaults, shown, values
 from zotune.watching.metrics import RunMetrics, number
-from zotune.watching.overlays import probes_per_step
 from zotune.watching.report.examples import Changes, changes
 from zotune.watching.standing import OVER, Standing, standing
 
@@ -203,7 +202,7 @@ def _timings(recorded: RunMetrics, config: Config) -> Timings:
         step=statistics.median(seconds) if seconds else None,
         slowest=None if slowest is None else (slowest["seconds"], slowest["step"]),
         rows_per_s=config.train.batch_size * len(timed) / sum(seconds) if sum(seconds) else None,
-        forwards=probes_per_step(config) * len(recorded.steps),
+        forwards=resolve(config.method).probes * len(recorded.steps),
         skipped=sum(bool(record["skipped"]) for record in recorded.steps),
     )
 
