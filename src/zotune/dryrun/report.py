@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
 from typing import Any
@@ -125,7 +125,8 @@ def dry_run(config: Config) -> DryRun:
     session = Session.build(config)
     tokenizer = models.load_tokenizer(config.model)
     indices = chain.from_iterable(session.order.indices(step) for step in count())
-    first = [session.data.train[i] for i in islice(_distinct(indices), min(ROWS, len(session.data.train)))]
+    # No row comes again before all have been.
+    first = [session.data.train[i] for i in islice(indices, min(ROWS, len(session.data.train)))]
     memory, seconds = measure(session)
     taken = [f"{config.output} exists; the run needs another output"] if expand(config.output).exists() else []
     return DryRun(
@@ -148,14 +149,6 @@ def _embedded(config: Config) -> tuple[Config, tuple[str, ...]]:
     runtime = config.runtime.model_copy(update={"type": "torch"})
     notice = f"memory and time are those of runtime.type = 'torch'; '{config.runtime.type}' was not started"
     return config.model_copy(update={"runtime": runtime}), (notice,)
-
-
-def _distinct(indices: Iterator[int]) -> Iterator[int]:
-    seen: set[int] = set()
-    for index in indices:
-        if index not in seen:
-            seen.add(index)
-            yield index
 
 
 def _counts(run: DryRun) -> list[str]:

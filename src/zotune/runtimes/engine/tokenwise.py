@@ -13,7 +13,7 @@ graph needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,13 +26,11 @@ from zotune.protocol import DirectionKey, Probe, Update
 from zotune.runtimes.engine.scatter import Scatter
 from zotune.runtimes.folding.fold import Fold
 from zotune.runtimes.spaces.lowrank import LowRankMatrix, LowRankSpace
+from zotune.runtimes.spaces.mixture import Lookup
 from zotune.runtimes.spaces.skinny import filled
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.bank import Bank
-
-Lookup = Callable[[Tensor], Tensor]
-"""A module's own look-up in another table ``(rows, n)``: ``(tokens, n)``."""
 
 
 @dataclass(frozen=True)
