@@ -16,8 +16,9 @@ from zotune.optimizer import Method, Optimizer
 from zotune.paths import StrPath, expand
 from zotune.protocol import Update
 from zotune.runtimes import precision
-from zotune.runtimes.embedded import EmbeddedRuntime, fingerprint
+from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import checkpoint_layout
+from zotune.runtimes.fingerprint import digest
 
 _DTYPES = ("bfloat16", "float32", "float16")
 
@@ -84,7 +85,7 @@ class Recipe:
         got = {}
         for dtype in ("auto", *_DTYPES) if self.model.dtype == "auto" else (self.model.dtype,):
             model, tokenizer = models.load(self.model.model_copy(update={"dtype": dtype}))
-            got[precision.name(model.dtype)] = found = fingerprint(model)
+            got[precision.name(model.dtype)] = found = digest(model.named_parameters())
             if found == expected:
                 return model, tokenizer
         raise JournalError(

@@ -1,5 +1,5 @@
 """The embedded runtime: a Hugging Face model in this process, its modules wrapped in place."""
 
-from zotune.runtimes.embedded.runtime import EmbeddedRuntime, digest, fingerprint, twin
+from zotune.runtimes.embedded.runtime import EmbeddedRuntime, twin
 
-__all__ = ["EmbeddedRuntime", "digest", "fingerprint", "twin"]
+__all__ = ["EmbeddedRuntime", "twin"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from zotune.runtimes.embedded.ahead import Ahead
 from zotune.runtimes.embedded.crown import Crown
 from zotune.runtimes.embedded.trial import Trial
 from zotune.runtimes.embedded.trunk import Trunk
+from zotune.runtimes.fingerprint import digest
 from zotune.runtimes.folding.fold import chosen_fold
 from zotune.runtimes.packing import ACTIVATIONS, Pack, cut, pack
 from zotune.runtimes.precision import product_dtype
@@ -34,8 +34,6 @@ from zotune.runtimes.spaces.dense import DenseSpace
 from zotune.runtimes.spaces.lowrank import LowRankSpace
 from zotune.runtimes.spaces.mixture import grouped
 from zotune.runtimes.timings import Timings
-
-_FINGERPRINT_SAMPLES = 4096
 
 
 class EmbeddedRuntime:
@@ -70,7 +68,7 @@ class EmbeddedRuntime:
         if model.config.get_text_config()._attn_implementation == attention.NAME:
             raise ModelError("this model is wrapped by another EmbeddedRuntime; close that one first")
         self.model, self.method, self.max_tokens = model.eval(), method, max_tokens
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = digest(model.named_parameters())
         # Before anything of the model is wrapped or stored elsewhere.
         trial = Trial(model)
         if method.lora_rank is not None:
@@ -78,43 +76,45 @@ class EmbeddedRuntime:
         find_sites = partial(sites.find_sites, model, method.scope, lora=method.lora_rank is not None)
         self.layout = Layout(tuple(find_sites()))
         self._siblings: list[siblings.Siblings] = []
+        self.space: LowRankSpace | DenseSpace
         if method.family == "low-rank":
             tuned = {site.name for site in self.layout.sites}
             self._siblings = siblings.find(model, partial(appended.room, tuned=tuned, method=method))
-        # Once more, because siblings' weights are stored elsewhere now.
-        self._weights = find_sites()
-        self.space: LowRankSpace | DenseSpace
-        if method.family == "low-rank":
             product = product_dtype(model.dtype, model.device.type)
             self.space = LowRankSpace(self.layout.sites, method, seed, model.device, product)
         else:
             self.space = DenseSpace(self.layout.sites, method, seed, model.device)
+        # Once more, because siblings' weights are stored elsewhere now.
+        self._weights = find_sites()
         self._fold = chosen_fold(fold, seed, self._weights)
-        self._shape = modules.Shape()
-        self._crown = Crown(model, self._shape)
-        modules.wrap(model, {site.name: state for site, state in self.space.sites.items()}, self._shape)
-        for each in self._siblings:
-            each.wrap(self._shape, method.directions)
         self._directions = method.directions if any(each.room for each in self._siblings) else math.inf
-        self._trunk = Trunk(model, self.layout, self._shape)
-        self._attention_before = model.config._attn_implementation
-        model.set_attn_implementation(attention.NAME)
+        self._period = period(self.layout.sites)
+        self._spans = attention.takes_spans(model)
+        self._graphs: graphs.Graphs | None = None
+        self._ahead: Ahead | None = None
+        # Decay changes numbers in the operations themselves, and dense directions are drawn among them.
+        if self._spans and isinstance(self.space, LowRankSpace) and method.weight_decay == 0.0:
+            self._graphs, self._ahead = graphs.Graphs(model.device), Ahead(self._packed, self.space.directions)
         if model.device.type == "cpu":
             heap.keep_freed()
-        self._spans = attention.takes_spans(model)
-        self._period = period(self.layout.sites)
-        # Decay changes numbers in the operations themselves, and dense directions are drawn among them.
-        steady = isinstance(self.space, LowRankSpace) and method.weight_decay == 0.0
-        self._graphs = graphs.Graphs(model.device) if self._spans and steady else None
-        self._ahead: Ahead | None = None
-        if self._graphs is not None and isinstance(self.space, LowRankSpace):
-            self._ahead = Ahead(self._packed, self.space.directions)
+        self._wrap()
         self.timings = Timings.of("draw", "pack", "forward", "ahead", "read", "apply")
         try:
             self._try(trial)
         except Exception:
             self.close()
             raise
+
+    def _wrap(self) -> None:
+        """Give the model's modules other forwards, and its attention packs to follow, until `close`."""
+        self._shape = modules.Shape()
+        self._crown = Crown(self.model, self._shape)
+        modules.wrap(self.model, {site.name: state for site, state in self.space.sites.items()}, self._shape)
+        for each in self._siblings:
+            each.wrap(self._shape, self.method.directions)
+        self._trunk = Trunk(self.model, self.layout, self._shape)
+        self._attention_before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(attention.NAME)
 
     def _try(self, trial: Trial) -> None:
         """Make sure that packs give what the model does; a trunk that it cannot have is left out."""
@@ -304,22 +304,3 @@ def twin(config: ModelConfig, method: Method, *, seed: int, fold: str) -> Embedd
     """An embedded runtime on this process's CPU with the weights that a run began with, whatever runs it elsewhere."""
     model, _ = models.load(config.model_copy(update={"device": "cpu"}))
     return EmbeddedRuntime(model, method, seed=seed, fold=fold)
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hexadecimal SHA-256 over names, shapes and evenly spaced elements of every parameter.
-
-    A sample of 4096 elements per tensor tells fine-tunes and dtypes apart and costs milliseconds at any model size.
-    """
-    return digest(model.named_parameters())
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """What `fingerprint` is of a model's parameters, of any named tensors."""
-    found = hashlib.sha256()
-    for name, tensor in tensors:
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)].float().cpu()
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(sample.contiguous().numpy().tobytes())
-    return found.hexdigest()

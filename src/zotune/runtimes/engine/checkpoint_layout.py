@@ -20,7 +20,7 @@ from zotune import hub, models
 from zotune.config import ModelConfig
 from zotune.errors import ModelError, reason
 from zotune.paths import expand
-from zotune.runtimes import embedded
+from zotune.runtimes.fingerprint import digest
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -65,9 +65,8 @@ def fingerprint(config: ModelConfig, model: Any) -> str:
         config: The checkpoint.
         model: What `load` made of it.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return embedded.digest(_tensors(config))
-    return embedded.fingerprint(model)
+    packed = any(parameter.is_meta for parameter in model.parameters())
+    return digest(_tensors(config) if packed else model.named_parameters())
 
 
 def _is_plain(tensor: Tensor, parameter: Tensor) -> bool:
