@@ -168,10 +168,6 @@ def test_decay_spares_vectors() -> None:
         torch.testing.assert_close(after[site.name], before[site.name] * (0.9 if site.is_matrix else 1.0))
 
 
-def examples(seed: int = 0) -> list[Example]:
-    return [Example(row, gold=index % 2) for index, row in enumerate(tiny.rows("single", 4, seed=seed))]
-
-
 def test_collate_pads_on_the_left_to_eight() -> None:
     row = Row((5, 6, 7, 8, 9, 10, 11), (Candidate((4, 9), (1,)), Candidate((20,), (0,))))
     batch = collate([Example(row, 1)], pad=1)
@@ -248,7 +244,7 @@ def written_out(model: nn.Module, batch: list[Example], seed: int, steps: int, c
 @pytest.mark.parametrize("corrected", [False, True])
 @torch.no_grad()
 def test_official_lozo_follows_the_official_stream(corrected: bool) -> None:
-    mine, theirs, batch = tiny.model("opt"), tiny.model("opt"), examples()
+    mine, theirs, batch = tiny.model("opt"), tiny.model("opt"), tiny.examples(4)
     stepper = OfficialLozo(mine, lr=1e-2, eps=1e-2, rank=2, interval=2, seed=5, applies_probed=corrected)
     with torch.random.fork_rng():
         expected = written_out(theirs, batch, 5, 5, corrected)
@@ -258,7 +254,7 @@ def test_official_lozo_follows_the_official_stream(corrected: bool) -> None:
 
 
 def test_the_official_order_applies_another_direction_on_refresh_steps_only() -> None:
-    batch = examples()
+    batch = tiny.examples(4)
     moved = {}
     for corrected in (False, True):
         model = tiny.model("llama")
@@ -276,13 +272,13 @@ def test_the_official_order_applies_another_direction_on_refresh_steps_only() ->
 
 def test_official_steps_leave_the_global_stream_alone() -> None:
     before = torch.random.get_rng_state()
-    OfficialMezo(tiny.model("llama"), lr=1e-3).step(examples())
+    OfficialMezo(tiny.model("llama"), lr=1e-3).step(tiny.examples(4))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("kind", [OfficialMezo, OfficialLozo])
 def test_official_projected_gradient_agrees_with_autograd(kind: type[OfficialMezo]) -> None:
-    model, batch = tiny.model("qwen2"), examples()
+    model, batch = tiny.model("qwen2"), tiny.examples(4)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     options = {"applies_probed": True} if kind is OfficialLozo else {}
     stepper = kind(model, lr=1.0, eps=2e-4, **options)
@@ -304,7 +300,7 @@ def _gradients(model: nn.Module, batch: list[Example]) -> dict[str, torch.Tensor
 
 
 def test_official_weight_decay_skips_its_names() -> None:
-    model, batch = tiny.model("opt"), examples()
+    model, batch = tiny.model("opt"), tiny.examples(4)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     # The limit of a vanishing projected gradient: only the decay is left to move anything.
     same = [replace(e, row=Row(e.row.prompt, (e.row.candidates[0],) * 2)) for e in batch]
@@ -316,6 +312,6 @@ def test_official_weight_decay_skips_its_names() -> None:
 
 def test_official_steps_keep_the_dtype() -> None:
     model = tiny.model("llama", torch.bfloat16)
-    loss = OfficialLozo(model, lr=1e-3).step(examples())
+    loss = OfficialLozo(model, lr=1e-3).step(tiny.examples(4))
     assert math.isfinite(loss)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

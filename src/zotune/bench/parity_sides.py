@@ -120,13 +120,9 @@ def prepared(case: Mapping[str, Any], data: Path | None) -> Iterator[steps.Setti
         made = tiny.model(name.removeprefix(TINY), torch.bfloat16, head_size=_HEAD_SIZE)
         tiny.save(made, Path(folder))
         model, _ = load(ModelConfig(path=folder, dtype=case["dtype"]))
-        yield steps.Setting(model, _tiny_rows(), size)
-
-
-def _tiny_rows() -> Dataset:
-    rows = tiny.rows("single", _TINY_ROWS)
-    examples = tuple(Example(row, gold=number % 2) for number, row in enumerate(rows))
-    return Dataset(examples, (), CandidateCrossEntropy.for_examples(examples), (), str)
+        examples = tiny.examples(_TINY_ROWS)
+        data_set = Dataset(examples, (), CandidateCrossEntropy.for_examples(examples), (), str)
+        yield steps.Setting(model, data_set, size)
 
 
 @contextmanager

@@ -19,18 +19,15 @@ from zotune.objectives import CandidateCrossEntropy, batch_losses
 from zotune.optimizer import Method, Optimizer
 from zotune.presets import Preset
 from zotune.protocol import CLEAN, Proposal
-from zotune.rows import Example
 from zotune.runtimes.base import Runtime
 from zotune.testing import tiny
 from zotune.testing.conformance import Factory
 
 _STEPS = 60
 _FAMILY = "llama"
-
-
-def examples() -> list[Example]:
-    """The easy problem: four rows to learn by heart."""
-    return [Example(row, gold=number % 2) for number, row in enumerate(tiny.rows("single", 4, seed=21))]
+_EXAMPLES = tiny.examples(4, seed=21)
+"""The easy problem."""
+_ROWS = [example.row for example in _EXAMPLES]
 
 
 def quickened(method: Method) -> Method:
@@ -48,11 +45,11 @@ def quickened(method: Method) -> Method:
 
 def train(runtime: Runtime, optimizer: Optimizer, first: int, last: int) -> list[float]:
     """Steps ``first`` to ``last - 1`` on the easy problem; their losses."""
-    batch, objective, losses = examples(), CandidateCrossEntropy(), []
+    objective, losses = CandidateCrossEntropy(), []
     for step in range(first, last):
         proposal = optimizer.ask(step)
-        scores = runtime.score(proposal.probes, [example.row for example in batch])
-        told = batch_losses(objective, scores, batch)
+        scores = runtime.score(proposal.probes, _ROWS)
+        told = batch_losses(objective, scores, _EXAMPLES)
         runtime.apply(optimizer.tell(proposal, told))
         losses.append(optimizer.loss(told))
     return losses
@@ -124,13 +121,13 @@ def check_skip(preset: Preset, factory: Factory) -> None:
     method = quickened(preset.method)
     optimizer, runtime = Optimizer(method, _STEPS), factory(tiny.model(_FAMILY), method)
     train(runtime, optimizer, 0, 1)
-    rows, proposal = [example.row for example in examples()], optimizer.ask(1)
-    before = runtime.score([CLEAN], rows)
+    proposal = optimizer.ask(1)
+    before = runtime.score([CLEAN], _ROWS)
     update = optimizer.skip(proposal)
     assert update.terms == ()
     assert update.closes_window == optimizer.tell(proposal, _distinct(proposal)).closes_window
     runtime.apply(update)
-    after = runtime.score([CLEAN], rows)
+    after = runtime.score([CLEAN], _ROWS)
     # A window that closes is folded: the same weights, rounded once more.
     np.testing.assert_allclose(after, before, rtol=1e-5 if update.closes_window else 0)
     assert all(math.isfinite(loss) for loss in train(runtime, optimizer, 2, 4))

@@ -22,10 +22,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from zotune.layout import Site
-from zotune.objectives import CandidateCrossEntropy
+from zotune.objectives import CandidateCrossEntropy, batch_losses
 from zotune.optimizer import Method, Optimizer
 from zotune.protocol import CLEAN, DirectionKey, Probe, Update
-from zotune.rows import Example, Row
+from zotune.rows import Row
 from zotune.runtimes.base import Runtime, foreseeing
 from zotune.testing import oracle, tiny
 from zotune.testing.reference import OracleRuntime
@@ -332,15 +332,15 @@ def check_parity(case: Case, steps: int = 100) -> None:
     Both sides compute their own losses, coefficients and updates; only the directions are the same.
     """
     runtime, reference = case.both()
-    examples = [Example(row, gold=number % 2) for number, row in enumerate(tiny.rows("single", 3, seed=16))]
+    examples = tiny.examples(3, seed=16)
     rows = [example.row for example in examples]
     objective, optimizer = CandidateCrossEntropy(), Optimizer(case.method, steps)
     for step in range(steps):
         proposal = optimizer.ask(step)
         told = []
         for side in (runtime, reference):
-            losses = objective.losses(side.score(proposal.probes, rows), examples).mean(1, dtype=np.float64)
-            update = optimizer.tell(proposal, losses.tolist())
+            losses = batch_losses(objective, side.score(proposal.probes, rows), examples)
+            update = optimizer.tell(proposal, losses)
             told.append((losses, update))
             side.apply(update)
         (mine, my_update), (theirs, their_update) = told

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zotune.errors import ModelError, unknown
 from zotune.models import automatic_class
-from zotune.rows import Candidate, Row
+from zotune.rows import Candidate, Example, Row
 
 VOCABULARY = 96
 """Token ids of every tiny model are ``0 .. VOCABULARY - 1``."""
@@ -192,6 +192,11 @@ def rows(
         single = kind == "single" or (kind == "mixed" and number % 2 == 0)
         made.append(Row(prompt, _one_token(draw) if single else _several_tokens(draw)))
     return tuple(made)
+
+
+def examples(count: int, *, seed: int = 0) -> tuple[Example, ...]:
+    """Something to learn by heart: `rows` of one kind, ``single``, whose candidates are right in turn."""
+    return tuple(Example(row, gold=number % 2) for number, row in enumerate(rows("single", count, seed=seed)))
 
 
 def _one_token(draw: random.Random) -> tuple[Candidate, ...]:
