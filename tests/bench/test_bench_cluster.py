@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zotune.bench.cluster import Conditions, Costs, simulate, step_seconds
 from zotune.bench.cluster_check import Measured
 from zotune.bench.cluster_report import ClusterReport
+from zotune.bench.cluster_simulation import Conditions, Costs, simulate, step_seconds
 from zotune.errors import ConfigError
 
 COSTS = Costs(unit=0.1, common=0.02, call=0.001, driver=0.002, start=60.0)

@@ -3,125 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
 
-import numpy as np
+from zotune.bench import cluster_check, steps
+from zotune.bench.cluster_check import Measured
+from zotune.bench.cluster_report import ClusterReport
+from zotune.bench.cluster_simulation import Conditions, Costs, simulate, step_seconds
 
-from zotune.errors import ConfigError
-
-_STEPS = 400
-"""Simulated steps of each number of replicas; their mean is within a few percent of that of many."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a step costs, in seconds.
-
-    Attributes:
-        unit: Of work for one unit on one replica.
-        common: Of work on every replica, whatever its share: the update, and what it draws.
-        call: Of the driver's for each replica: a question and its answer.
-        driver: Of the driver's besides.
-        start: Until a replica that was lost is replaced.
-    """
-
-    unit: float
-    common: float
-    call: float
-    driver: float
-    start: float
+REPLICAS = tuple(4**power for power in range(7))
+"""Numbers to simulate: 1 to 4,096."""
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Under which steps are simulated.
-
-    Attributes:
-        latency: Round trip on the network, seconds.
-        jitter: Relative standard deviation of a replica's work from step to step.
-        failures: Losses of each replica per hour.
-    """
-
-    latency: float = 5e-4
-    jitter: float = 0.05
-    failures: float = 0.01
+def from_costs(costs: Costs, conditions: Conditions, units: int, seed: int) -> ClusterReport:
+    """Simulate steps whose costs are known."""
+    simulated = simulate(costs, conditions, units, REPLICAS, seed)
+    return ClusterReport(units, units, costs, conditions, simulated, (), (), {})
 
 
-@dataclass(frozen=True)
-class Simulated:
-    """Mean steps of so many replicas, in seconds.
-
-    Attributes:
-        replicas: How many.
-        fixed_s: A step of as many units as were asked for.
-        fixed_efficiency: Directions per second and replica, against one replica's.
-        grown_s: A step of as many units for each replica, by a larger batch: more directions would also make the
-            update larger.
-        grown_efficiency: The same for these.
-    """
-
-    replicas: int
-    fixed_s: float
-    fixed_efficiency: float
-    grown_s: float
-    grown_efficiency: float
-
-
-def simulate(
-    costs: Costs, conditions: Conditions, units: int, replicas: Sequence[int], seed: int = 0
-) -> tuple[Simulated, ...]:
-    """What steps would take on other numbers of replicas.
+def cluster(
+    counts: Sequence[int],
+    *,
+    latency: float,
+    jitter: float | None,
+    failures: float,
+    model: str | None,
+    data: Path | None,
+    dtype: str,
+    batch_size: int,
+    rank: int,
+    scope: str,
+    directions: int,
+    repeats: int,
+    cpus: int,
+    seed: int,
+) -> ClusterReport:
+    """Time steps of real replicas on this machine, and simulate those of many from what they cost.
 
     Args:
-        costs: Of a step.
-        conditions: Of the cluster.
-        units: Of a step.
-        replicas: Numbers of them.
+        counts: Numbers of real replicas; the costs are those of the first.
+        latency: Of the simulated cluster; see `zotune.bench.cluster_simulation.Conditions`.
+        jitter: The same; None: what was measured.
+        failures: The same.
+        model: As for `zotune.bench.step`, like those up to ``directions``.
+        data: See there.
+        dtype: See there.
+        batch_size: See there.
+        rank: See there.
+        scope: See there.
+        directions: Two-point directions per step.
+        repeats: Steps to time of each number.
+        cpus: Cores of a replica, and its threads.
         seed: Of the simulation.
+
+    Raises:
+        ConfigError: Ray is not installed, a name is unknown, or a count is not positive.
+        ZotuneError: The model cannot be loaded or tuned.
     """
-    alone = step_seconds(costs, conditions, units, 1, seed)
-    found = []
-    for count in replicas:
-        fixed = step_seconds(costs, conditions, units, count, seed)
-        grown = step_seconds(costs, conditions, units * count, count, seed)
-        found.append(Simulated(count, fixed, alone / fixed / count, grown, alone / grown))
-    return tuple(found)
-
-
-def step_seconds(costs: Costs, conditions: Conditions, units: int, replicas: int, seed: int = 0) -> float:
-    """Mean seconds of a step.
-
-    The driver asks one replica after the other and takes their answers as they come; replicas that are lost while they
-    work are noticed at once, and the others share their units. Losses are a Poisson process, so the number of replicas
-    that are being replaced at any moment has a Poisson distribution (the queue M/G/infinity).
-
-    Args:
-        costs: Of a step.
-        conditions: Of the cluster.
-        units: Of a step.
-        replicas: How many there should be.
-        seed: Of the simulation.
-    """
-    if min(units, replicas) < 1:
-        raise ConfigError(f"units and replicas must be at least 1, got {units} and {replicas}")
-    draw = np.random.default_rng(seed)
-    rate = replicas * conditions.failures / 3600
-    missing = draw.poisson(rate * costs.start, _STEPS)
-    there = np.maximum(replicas - missing, 1)[:, None]
-    index = np.arange(replicas)
-    shares = np.where(index < there, units // there + (index < units % there), 0)
-    work = shares * costs.unit + costs.common * (index < there)
-    sigma = np.sqrt(np.log1p(conditions.jitter**2))
-    work = work * draw.lognormal(-(sigma**2) / 2, sigma, work.shape)
-    # Half of a call's cost is on the way down and half on the way up.
-    asked = (np.minimum(index + 1, there)) * costs.call / 2
-    done = np.where(shares > 0, asked + conditions.latency + work + costs.call / 2, 0.0).max(axis=1)
-    busy = np.minimum(there[:, 0], units) * costs.call + conditions.latency
-    step = costs.driver + np.maximum(done, busy)
-    lost = draw.poisson(rate * step)
-    again = np.minimum(lost, units) * (
-        -(-shares.max(axis=1) // np.maximum(there[:, 0] - 1, 1)) * costs.unit + costs.call
+    dtype = steps.resolved(dtype)
+    steps.check(dtype, dtype, scope, [batch_size, rank, directions, repeats, cpus, *counts])
+    given = {"model": model, "data": data, "dtype": dtype, "batch_size": batch_size}
+    found = cluster_check.measure(counts, given, steps.method_of(scope, rank, directions), cpus, repeats)
+    here = Conditions(latency=0.0, jitter=found.jitter, failures=0.0)
+    chosen = Conditions(latency, found.jitter if jitter is None else jitter, failures)
+    units = found.measured[0].usual[0]
+    return ClusterReport(
+        units,
+        directions,
+        found.costs,
+        chosen,
+        simulate(found.costs, chosen, units, REPLICAS, seed),
+        found.measured,
+        tuple(_predicted(found.costs, here, each, seed) for each in found.measured),
+        {
+            "model": Path(model).name if model else "the demo's",
+            "data": data.name if data else "the demo's",
+            "dtype": dtype,
+            "batch": batch_size,
+            "cores of a replica": cpus,
+        },
     )
-    # Where all are missing, the step waits for the first one, half of its start on average.
-    alone = np.where((missing >= replicas) | ((lost > 0) & (replicas == 1)), costs.start / 2, 0.0)
-    return float(np.mean(step + again + alone))
+
+
+def _predicted(costs: Costs, conditions: Conditions, measured: Measured, seed: int) -> float:
+    """The median of the simulated steps of all batches."""
+    return median(
+        step_seconds(replace(costs, unit=seconds), conditions, units, measured.replicas, seed)
+        for units, seconds in measured.batches
+    )

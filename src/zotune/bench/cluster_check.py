@@ -11,7 +11,7 @@ from statistics import mean, median, pstdev
 from typing import Any
 
 from zotune.bench import steps
-from zotune.bench.cluster import Costs
+from zotune.bench.cluster_simulation import Costs
 from zotune.bench.steps import Setting, Stepper
 from zotune.bench.turns import TURN
 from zotune.config import ModelConfig, ReplicasConfig, RuntimeConfig

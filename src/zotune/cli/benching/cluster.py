@@ -39,15 +39,15 @@ def bench_cluster(
     as_json: AsJson = False,
 ) -> None:
     """Simulate steps of up to 4,096 replicas from what one costs, and time real ones here."""
-    from zotune.bench import cluster_report
-    from zotune.bench.cluster import Conditions, Costs
+    from zotune.bench import cluster
+    from zotune.bench.cluster_simulation import Conditions, Costs
 
     if unit_ms is not None:
         conditions = Conditions(latency_ms / 1e3, 0.05 if jitter is None else jitter, failures)
         costs = Costs(unit_ms / 1e3, update_ms / 1e3, call_ms / 1e3, driver_ms / 1e3, start_s)
-        report = cluster_report.from_costs(costs, conditions, directions, seed)
+        report = cluster.from_costs(costs, conditions, directions, seed)
     else:
-        report = cluster_report.cluster(
+        report = cluster.cluster(
             numbers(int, check, "--check"),
             latency=latency_ms / 1e3,
             jitter=jitter,
