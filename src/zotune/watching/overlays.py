@@ -103,10 +103,9 @@ def draw(curves: Sequence[Curves], x: str = "steps") -> Figure:
 def _curves(runs: Sequence[Path], x: Axis) -> list[Curves]:
     configurations = [open_run(run)[1] for run in runs]
     recorded = [metrics.read(run) for run in runs]
-    scales = {"steps": _steps, "seconds": _seconds, "forwards": _forwards}
     legends = labels(_names(runs), [values(config) for config in configurations])
     return [
-        Curves(legend, each, scales[x](each, config))
+        Curves(legend, each, _scale(x, each, config))
         for legend, each, config in zip(legends, recorded, configurations, strict=True)
     ]
 
@@ -117,14 +116,9 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
-def _steps(run: RunMetrics, config: Config) -> Callable[[int], float]:
-    return float
-
-
-def _seconds(run: RunMetrics, config: Config) -> Callable[[int], float]:
-    return run.clock()
-
-
-def _forwards(run: RunMetrics, config: Config) -> Callable[[int], float]:
-    probes = resolve(config.method).probes
-    return lambda step: float(probes * step)
+def _scale(x: Axis, run: RunMetrics, config: Config) -> Callable[[int], float]:
+    """See `Curves.at`."""
+    if x == "seconds":
+        return run.clock()
+    each = resolve(config.method).probes if x == "forwards" else 1
+    return lambda step: float(each * step)
