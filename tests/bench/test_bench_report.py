@@ -85,7 +85,7 @@ def test_every_machine_and_command_is_named_once() -> None:
     one, two = made_results.scaling("torch", 0.1), made_results.scaling("vllm", 0.2)
     later = replace(two, machine={**two.machine, "date": "2026-11-27T10:00:00+00:00"})
     expected = "- H100; torch 2.13; commit abc1234; 2026-11-25 to 2026-11-27; `zotune bench scaling`"
-    assert section.provenance([one, later]).splitlines()[-1] == expected
+    assert section.Section.on([one, later], "Steps").markdown.splitlines()[-1] == expected
 
 
 def test_results_of_an_unknown_kind_are_listed() -> None:

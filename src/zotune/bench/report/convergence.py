@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zotune.bench.curve import Curve, Point, reached, restored
-from zotune.bench.report.section import Section, failures, grouped, paragraphs, provenance, sound, table
+from zotune.bench.report.section import Section, grouped, sound, table
 from zotune.bench.results import Result
 from zotune.figures import duration
 from zotune.watching.metrics import number
@@ -63,7 +63,7 @@ def render(results: Sequence[Result], targets: Sequence[float] = TARGETS) -> Sec
     for setting, alike in _by_setting(results).items():
         parts += [f"### {setting}", _outcomes(alike), _targets(alike, targets)]
         pictures[f"convergence-{re.sub('[^a-z0-9]+', '-', setting.lower())}"] = partial(_draw, alike)
-    return Section("Convergence", paragraphs(_NOTE, *parts, failures(results), provenance(results)), pictures)
+    return Section.on(results, "Convergence", _NOTE, *parts, pictures=pictures)
 
 
 def record(results: Sequence[Result], targets: Sequence[float] = TARGETS) -> dict[str, Any]:

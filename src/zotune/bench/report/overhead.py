@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from zotune.bench.report.section import Section, device, failures, grouped, paragraphs, provenance, sound, table
+from zotune.bench.report.section import Section, device, grouped, paragraphs, sound, table
 from zotune.bench.results import Result
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def render(results: Sequence[Result]) -> Section:
             found, lambda result: (device(result), result.case["dtype"], result.case["threads"])
         ).items()
     ]
-    text = paragraphs(_NOTE, *tables, failures(results), provenance(results))
-    return Section("Where a step goes", text, {"overhead": lambda: _draw(found)} if found else {})
+    pictures = {"overhead": lambda: _draw(found)} if found else {}
+    return Section.on(results, "Where a step goes", _NOTE, *tables, pictures=pictures)
 
 
 def _order(result: Result) -> tuple[object, ...]:

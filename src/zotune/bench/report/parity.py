@@ -43,9 +43,7 @@ class Table:
 
 def render(results: Sequence[Result]) -> section.Section:
     """All tables."""
-    shown = [table.markdown() for table in tables(results)]
-    text = section.paragraphs(*shown, section.failures(results), section.provenance(results))
-    return section.Section("Parity with the oracle", text)
+    return section.Section.on(results, "Parity with the oracle", *(table.markdown() for table in tables(results)))
 
 
 def _shown(heading: str, value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zotune.bench.report.section import Section, failures, paragraphs, provenance, sound, table
+from zotune.bench.report.section import Section, sound, table
 from zotune.bench.results import Result
 
 
@@ -18,7 +18,7 @@ def render(results: Sequence[Result]) -> Section:
         for result in found
     ]
     listed = table([*settings, *figures], rows, words=len(settings)) if rows else ""
-    return Section(results[0].kind.capitalize(), paragraphs(listed, failures(results), provenance(results)))
+    return Section.on(results, results[0].kind.capitalize(), listed)
 
 
 def _shows(value: object) -> bool:

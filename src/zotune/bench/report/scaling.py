@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zotune.bench.fits import Line, fit
-from zotune.bench.report.section import Section, device, failures, grouped, paragraphs, provenance, sound, table
+from zotune.bench.report.section import Section, device, grouped, sound, table
 from zotune.bench.results import Result
 from zotune.bench.sides import OFFICIAL, SIDES
 
@@ -43,7 +43,7 @@ def render(results: Sequence[Result]) -> Section:
         parts += [title, _STEPS, _steps(members, peak)]
         parts += _titled(_TOKENS, _token_lines(members)) + _titled(_PARAMETERS, _parameter_lines(members))
         pictures[f"scaling-{number}"] = lambda members=members: _draw(members)
-    return Section("Scaling", paragraphs(*parts, failures(results), provenance(results)), pictures)
+    return Section.on(results, "Scaling", *parts, pictures=pictures)
 
 
 def _titled(note: str, lines: str) -> list[str]:

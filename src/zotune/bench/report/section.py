@@ -28,6 +28,17 @@ class Section:
     markdown: str
     pictures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
 
+    @classmethod
+    def on(
+        cls,
+        results: Sequence[Result],
+        title: str,
+        *parts: str,
+        pictures: Mapping[str, Callable[[], Figure]] | None = None,
+    ) -> Section:
+        """A section of these parts, which ends in what of the results failed and in where they were measured."""
+        return cls(title, paragraphs(*parts, _failures(results), _provenance(results)), pictures or {})
+
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, words: int = 1) -> str:
     """A Markdown table.
@@ -64,14 +75,14 @@ def device(result: Result) -> str:
     return str(result.machine.get("gpu") or result.machine.get("cpu"))
 
 
-def failures(results: Iterable[Result]) -> str:
+def _failures(results: Iterable[Result]) -> str:
     """A list of the cases that could not be measured, and why."""
     failed = [result for result in results if "error" in result.figures]
     lines = [f"- {told(result.case)}: {result.figures['error']}" for result in failed]
     return paragraphs("Not measured:", "\n".join(lines)) if lines else ""
 
 
-def provenance(results: Sequence[Result]) -> str:
+def _provenance(results: Sequence[Result]) -> str:
     """A list of where, when, with what and by which commands the results were measured."""
     lines = []
     for about, members in grouped(results, _made_with).items():

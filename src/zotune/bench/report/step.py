@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zotune.bench.report.section import Section, failures, paragraphs, provenance, sound, table
+from zotune.bench.report.section import Section, sound, table
 from zotune.bench.results import Result
 
 _HEADINGS = (
@@ -17,7 +17,7 @@ def render(results: Sequence[Result]) -> Section:
     """A line per comparison."""
     rows = [_row(result) for result in sound(results)]
     listed = table(_HEADINGS, rows, words=3) if rows else ""
-    return Section("A step against the official LOZO step", paragraphs(listed, failures(results), provenance(results)))
+    return Section.on(results, "A step against the official LOZO step", listed)
 
 
 def _row(result: Result) -> list[object]:
