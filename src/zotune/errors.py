@@ -62,6 +62,11 @@ def reason(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a message of another library, without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def unknown(kind: str, got: str, allowed: Iterable[str]) -> str:
     """Message for an unknown name: what was got, the nearest valid name if there is one, and all valid names."""
     names = sorted(allowed)

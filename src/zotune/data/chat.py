@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from zotune.data.conversation import Conversation, Turn, at_risk, is_known, read_tools, stranger, turns_of, with_other
 from zotune.data.encode import Encoded, Text, Tokens, fit
-from zotune.data.files import first_line
 from zotune.data.templates import require_characters
-from zotune.errors import DataError
+from zotune.errors import DataError, first_line
 from zotune.rows import Candidate, Row
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Protocol
 
-from zotune.errors import DataError
+from zotune.errors import DataError, first_line
 
 HELP = "Give a .jsonl, .json or .csv file (each also .gz), a .parquet file, or a Hugging Face data set id."
 
@@ -298,8 +298,3 @@ def extra(module: str, reason: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         raise DataError(f"{reason}, which needs an extra: pip install zotune[datasets]. {HELP}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message of another library, without its full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

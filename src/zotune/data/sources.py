@@ -9,8 +9,8 @@ from typing import cast
 
 from zotune import hub
 from zotune.data import files
-from zotune.data.files import HELP, Records, extra, first_line
-from zotune.errors import DataError
+from zotune.data.files import HELP, Records, extra
+from zotune.errors import DataError, first_line
 from zotune.paths import expand
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
