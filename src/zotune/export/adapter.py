@@ -23,7 +23,7 @@ from zotune.export.recipe import Recipe
 from zotune.export.truncation import Truncation
 from zotune.layout import Site
 from zotune.runtimes import precision
-from zotune.runtimes.engine.slots import RANKS
+from zotune.runtimes.engine.slots import RANKS, served_rank
 from zotune.runtimes.sites import find_sites
 
 LARGEST = RANKS[-1]
@@ -63,7 +63,7 @@ class Adapter:
             )
         if self.served and self.stored <= LARGEST:
             padded = f" It is padded with zeros to rank {self.stored}." if self.stored > self.rank else ""
-            option = f"--max-lora-rank {_stored(self.stored)}"
+            option = f"--max-lora-rank {served_rank(self.stored)}"
             return exact, f"vLLM, where it has LoRA for this architecture, loads it with {option}.{padded}"
         why = f"its rank is above {LARGEST}" if self.served else "it tunes more than the weights of linear layers"
         return exact, f"vLLM's LoRA loader does not take it, because {why}; the format merged is the way there."
@@ -182,7 +182,7 @@ def _from_change(recipe: Recipe, model: Any, rank: int | None, max_error: float)
     truncation = Truncation(rank or LARGEST, max_error, full=full)
     changes = collect(weights, method, recipe.journal.header.seed, recipe.updates())
     kept = {site: truncation.cut(site, changes.pop(site).decompose(weights[site])) for site in places.matrices}
-    stored = _stored(truncation.rank) if places.served else truncation.rank
+    stored = served_rank(truncation.rank) if places.served else truncation.rank
     tensors: dict[str, Tensor] = {}
     for site, spectrum in kept.items():
         tensors |= _lora(site, *spectrum.factors(stored), embedding=site in places.embeddings)
@@ -191,11 +191,6 @@ def _from_change(recipe: Recipe, model: Any, rank: int | None, max_error: float)
         tensors |= _whole(places, model, recipe.runtime(model).tuned())
         settings |= {"bias": "lora_only" if places.biases else "none", "modules_to_save": list(places.saved)}
     return Adapter(truncation.rank, stored, truncation.error, truncation.worst, places.served), tensors, settings
-
-
-def _stored(rank: int) -> int:
-    """The smallest rank that vLLM serves and that is at least this one; this one itself where there is none."""
-    return next((served for served in RANKS if served >= rank), rank)
 
 
 def _lora(site: Site, left: Tensor, right: Tensor, *, embedding: bool) -> dict[str, Tensor]:

@@ -34,6 +34,11 @@ STALING = frozenset({"score", "apply", "loaded"})
 """Remote methods after which nothing in the prefix cache is right: scoring, too, writes into its memory."""
 
 
+def served_rank(rank: int) -> int:
+    """The smallest of `RANKS` that is at least this rank; the rank itself where there is none."""
+    return next((each for each in RANKS if each >= rank), rank)
+
+
 def options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of vLLM's ``LLM`` for the slots that a worker's settings ask for; empty where they ask for none.
 
@@ -57,7 +62,7 @@ def options(settings: Mapping[str, Any]) -> dict[str, Any]:
         "enable_lora": True,
         # On a CPU, vLLM gives tokens without an adapter the last slot. It is ours, and stays empty.
         "max_loras": COUNT + 1,
-        "max_lora_rank": next(served for served in RANKS if served >= rank),
+        "max_lora_rank": served_rank(rank),
         "lora_target_modules": sorted({name.split(".")[-2] for name, *_ in settings["sites"]}),
         "enable_prefix_caching": True,
     }

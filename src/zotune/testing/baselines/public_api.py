@@ -33,7 +33,7 @@ from zotune.protocol import Probe, Update
 from zotune.rows import Row
 from zotune.runtimes import precision
 from zotune.runtimes.engine import launch, worker_settings
-from zotune.runtimes.engine.slots import RANKS
+from zotune.runtimes.engine.slots import RANKS, served_rank
 from zotune.runtimes.folding.fold import Fold
 from zotune.runtimes.folding.move import Move
 from zotune.runtimes.sites import find_sites
@@ -72,8 +72,8 @@ class PublicApi:
                 "vLLM's adapters hold linear layers alone and are never folded: give a low-rank method of scope "
                 f"'linear' without momentum and weight decay, got {method}"
             )
-        self._room = next((rank for rank in RANKS if rank >= method.rank * windows), 0)
-        if not self._room:
+        self._room = served_rank(method.rank * windows)
+        if self._room > RANKS[-1]:
             raise ConfigError(f"{windows} windows of rank {method.rank} are more than vLLM's {RANKS[-1]}; give fewer")
         self._weights = dict.fromkeys(find_sites(model, method.scope), torch.empty(0))
         self._space = LowRankSpace(tuple(self._weights), method, seed, torch.device("cpu"))
