@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from zotune.cli.program import AsJson, RunPath, app, command_line, print_json
+from zotune.cli.program import AsJson, RunPath, app, command_line, plain_console, plain_table, print_json
 from zotune.errors import ConfigError
 from zotune.figures import percent
 
@@ -120,9 +119,9 @@ def _show(found: list[Branch], as_json: bool) -> None:
     if not found:
         typer.echo("no branches")
         return
-    table = Table("branch", "steps", "shared", "last loss", "last accuracy", box=None, padding=(0, 2, 0, 0))
+    table = plain_table("branch", "steps", "shared", "last loss", "last accuracy")
     for each in found:
         loss = "-" if each.last is None else f"{each.last.loss:.3f}"
         accuracy = "-" if each.last is None or each.last.accuracy is None else percent(each.last.accuracy)
         table.add_row(each.name, str(each.steps), str(each.shared), loss, accuracy)
-    Console(highlight=False, markup=False).print(table)
+    plain_console().print(table)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from zotune.cli.program import AsJson, app, command_line, print_json
+from zotune.cli.program import AsJson, app, command_line, plain_console, plain_table, print_json
 from zotune.errors import ConfigError
 from zotune.figures import finite
 
@@ -46,7 +45,7 @@ def show(
     if as_json:
         print_json(_contents_record(contents, entries))
     else:
-        console = Console(highlight=False, markup=False)
+        console = plain_console()
         for name, value in asdict(contents.header).items():
             console.print(f"{name:11}{_plain(value)}", soft_wrap=True)
         for change in contents.changes:
@@ -118,7 +117,7 @@ def _steps(contents: Contents, entries: list[Entry]) -> Table:
     from zotune.optimizer import Method, Optimizer
 
     optimizer = Optimizer(Method(**contents.header.method), contents.header.steps)
-    table = Table("step", "losses", "coefficients", "lr", "update", "batch", box=None, padding=(0, 2, 0, 0))
+    table = plain_table("step", "losses", "coefficients", "lr", "update", "batch")
     for entry in entries:
         table.add_row(*_row(entry), _update(optimizer, entry), f"{entry.batch:08x}")
     return table
@@ -153,12 +152,12 @@ def _print_verdict(path: Path, verdict: Verdict) -> None:
 
 
 def _print_difference(found: Difference) -> None:
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
     for name, (one, other) in found.header.items():
         console.print(f"{name}: {_plain(one)} / {_plain(other)}", soft_wrap=True)
     console.print(f"steps: {found.steps[0]} / {found.steps[1]}, the first {found.shared} of them the same")
     if found.parting is not None:
-        table = Table("", "step", "losses", "coefficients", "lr", "batch", box=None, padding=(0, 2, 0, 0))
+        table = plain_table("", "step", "losses", "coefficients", "lr", "batch")
         for name, entry in zip("AB", found.parting, strict=True):
             table.add_row(name, *_row(entry), f"{entry.batch:08x}")
         console.print(table)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from zotune.cli.program import AsJson, RunPath, app, print_json
+from zotune.cli.program import AsJson, RunPath, app, plain_console, plain_table, print_json
 from zotune.figures import percent
 
 if TYPE_CHECKING:
@@ -85,11 +84,11 @@ def presets(
     elif as_json:
         typer.echo(json.dumps([asdict(preset) for preset in PRESETS.values()]))
     else:
-        Console(highlight=False, markup=False).print(_table(PRESETS.values()))
+        plain_console().print(_table(PRESETS.values()))
 
 
 def _table(listed: Iterable[Preset]) -> Table:
-    table = Table("preset", "what it does", "main defaults", "source", box=None, padding=(0, 2, 1, 0))
+    table = plain_table("preset", "what it does", "main defaults", "source", below=1)
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for preset in listed:
         values = _defaults(preset)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 from typer.core import TyperGroup
 
 from zotune.errors import ZotuneError, reason
@@ -99,6 +101,16 @@ def command_line(*words: str | Path) -> str:
     if Path(program).stem != "zotune" or shutil.which("zotune") == program:
         program = "zotune"
     return shlex.join([program, *map(str, words)])
+
+
+def plain_table(*headings: str, below: int = 0) -> Table:
+    """A table without lines, whose rows have so many empty lines below them."""
+    return Table(*headings, box=None, padding=(0, 2, below, 0), pad_edge=False)
+
+
+def plain_console() -> Console:
+    """Prints on stdout what it is given, as it is: a path in brackets is no markup."""
+    return Console(highlight=False, markup=False)
 
 
 def print_json(record: Mapping[str, Any]) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from zotune.cli.program import AsJson, RunPath, app, command_line, print_json
+from zotune.cli.program import AsJson, RunPath, app, command_line, plain_console, plain_table, print_json
 from zotune.errors import ConfigError, JournalError
 from zotune.figures import percent
 
@@ -64,7 +62,7 @@ def _is_live(run: RunDirectory) -> bool:
 
 
 def _show(found: dict[str, Any], live: bool) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = plain_table()
     for name in ("replica", "state", "node", "pid"):
         table.add_column(name, no_wrap=True)
     for name in ("rows/s", "share", "lag, ms", "restarts"):
@@ -72,7 +70,7 @@ def _show(found: dict[str, Any], live: bool) -> None:
     for each in found.get("replicas", ()):
         where = [str(each.get(name, "-")) for name in ("node", "pid")]
         table.add_row(str(each["replica"]), each["state"], *where, *_figures(each), str(each["restarts"]))
-    Console(highlight=False, markup=False).print(table)
+    plain_console().print(table)
     typer.echo(f"{found.get('wanted', 'no')} replicas wanted" + ("" if live else "; the run is not training now"))
 
 

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from zotune.cli.program import AsJson, app
+from zotune.cli.program import AsJson, app, plain_console, plain_table
 
 if TYPE_CHECKING:
     from zotune.tasks import Task
@@ -30,11 +29,11 @@ def tasks(
     elif as_json:
         typer.echo(json.dumps([_record(task) for task in TASKS.values()]))
     else:
-        Console(highlight=False, markup=False).print(_table(TASKS.values()))
+        plain_console().print(_table(TASKS.values()))
 
 
 def _table(listed: Iterable[Task]) -> Table:
-    table = Table("task", "what is to be learnt", "judged by", "rows", "data set", box=None, padding=(0, 2, 1, 0))
+    table = plain_table("task", "what is to be learnt", "judged by", "rows", "data set", below=1)
     for column in (table.columns[0], *table.columns[2:]):
         column.no_wrap = True
     for task in listed:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from zotune.cli.program import INTERRUPTED, AsJson, RunPath, app, command_line, print_json
+from zotune.cli.program import INTERRUPTED, AsJson, RunPath, app, command_line, plain_console, plain_table, print_json
 from zotune.figures import duration, percent
 from zotune.progress import LastingConsole, TerminalReporter
 
@@ -65,14 +64,13 @@ def report(
 
 
 def _show(summary: Summary) -> None:
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
     if not console.is_terminal:
         # A file has no right edge to cut the table at.
         console.width = 200
-    for table in (_runs(summary), _groups(summary) if summary.groups else None):
-        if table is not None:
-            console.print()
-            console.print(table)
+    for table in [_runs(summary), *([_groups(summary)] if summary.groups else [])]:
+        console.print()
+        console.print(table)
     console.print()
     for row in summary.rows:
         if row.reason:
@@ -86,7 +84,7 @@ def _runs(summary: Summary) -> Table:
     """The runs, best first."""
     from zotune.watching.differences import short_names
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = plain_table()
     for name in short_names(summary.keys).values():
         table.add_column(name)
     scores = (_score_name(summary), "best") if summary.score else ()
@@ -106,7 +104,7 @@ def _groups(summary: Summary) -> Table:
     from zotune.watching.sweep.summary import SEED
 
     keys = tuple(key for key in summary.keys if key != SEED)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = plain_table()
     for name in short_names(keys).values():
         table.add_column(name)
     for name in ("seeds", *((f"{_score_name(summary)}, mean ± std",) if summary.score else ()), "loss, mean ± std"):
