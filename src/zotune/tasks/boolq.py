@@ -1,22 +1,13 @@
 """BoolQ: a yes/no question about a passage."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from functools import partial
 
 from zotune.config import DataConfig
 from zotune.tasks.base import MEZO, Task, rewrite
 
-if TYPE_CHECKING:
-    from zotune.data.templates import Record
-
 
 def _as_sentence(question: str) -> str:
     return question[:1].upper() + question[1:].removesuffix("?") + "?"
-
-
-def _prepare(record: Record) -> Record:
-    return rewrite(record, question=_as_sentence)
 
 
 BOOLQ = Task(
@@ -32,5 +23,5 @@ BOOLQ = Task(
         train_size=1000,
         validation_size=1000,
     ),
-    prepare=_prepare,
+    prepare=partial(rewrite, question=_as_sentence),
 )

@@ -1,15 +1,10 @@
 """COPA: which of two sentences is the cause or the effect of another?"""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from functools import partial
 
 from zotune.config import DataConfig
 from zotune.errors import DataError
 from zotune.tasks.base import MEZO, Task, rewrite
-
-if TYPE_CHECKING:
-    from zotune.data.templates import Record
 
 CONJUNCTIONS = {"cause": "because", "effect": "so"}
 
@@ -30,10 +25,6 @@ def _continuing(choice: str) -> str:
     return (first if first == "I" else first.lower()) + space + rest
 
 
-def _prepare(record: Record) -> Record:
-    return rewrite(record, premise=_without_full_stop, question=_conjunction, choice1=_continuing, choice2=_continuing)
-
-
 COPA = Task(
     name="copa",
     summary="which of two sentences is the cause or effect of another?",
@@ -49,5 +40,7 @@ COPA = Task(
         train_size=300,
         validation_size=100,
     ),
-    prepare=_prepare,
+    prepare=partial(
+        rewrite, premise=_without_full_stop, question=_conjunction, choice1=_continuing, choice2=_continuing
+    ),
 )

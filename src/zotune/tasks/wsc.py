@@ -1,19 +1,9 @@
 """WSC: does a pronoun refer to a name?"""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from functools import partial
 
 from zotune.config import DataConfig
 from zotune.tasks.base import MEZO, Task, rewrite
-
-if TYPE_CHECKING:
-    from zotune.data.templates import Record
-
-
-def _prepare(record: Record) -> Record:
-    return rewrite(record, span2_text=str.lower)
-
 
 WSC = Task(
     name="wsc",
@@ -30,6 +20,6 @@ WSC = Task(
         train_size=454,
         validation_size=104,
     ),
-    prepare=_prepare,
+    prepare=partial(rewrite, span2_text=str.lower),
     deviations=("454 of the 554 rows are for training; MeZO's script keeps 500 of them for development",),
 )
