@@ -319,7 +319,7 @@ def test_skipped_steps_that_are_not_in_a_row_are_counted(
 
 
 def _with_model(chosen: Config, path: Path) -> Config:
-    return chosen.model_copy(update={"model": chosen.model.model_copy(update={"path": str(path)})})
+    return chosen.having("model", path=str(path))
 
 
 def _with_weight(source: Path, target: Path, word: str, value: float) -> None:

@@ -244,6 +244,10 @@ class Config(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     track: TrackConfig = TrackConfig()
 
+    def having(self, table: str, **values: Any) -> Config:
+        """The same with other values in a table, which are not checked."""
+        return self.model_copy(update={table: getattr(self, table).model_copy(update=values)})
+
 
 def tables(kind: type[BaseModel] = Config, above: str = "") -> dict[str, type[BaseModel]]:
     """The file's tables by dotted name, each before those in it."""

@@ -68,7 +68,7 @@ def settled(session: Session, begun: Callable[[str], None], notice: Callable[[st
     lr = automatic(session)
     notice(f"learning rate {lr:g}, chosen by probes; method.lr = NUMBER sets another")
     method = replace(session.optimizer.method, lr=lr)
-    chosen = config.model_copy(update={"method": config.method.model_copy(update={"lr": lr})})
+    chosen = config.having("method", lr=lr)
     return replace(session, config=chosen, optimizer=Optimizer(method, session.optimizer.steps))
 
 

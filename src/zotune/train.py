@@ -102,7 +102,7 @@ def resume(
             raise ConfigError(
                 "--steps needs a constant schedule: another length changes the learning rate of every step"
             )
-        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+        config = config.having("train", steps=steps)
     notices: list[str] = []
     reporter = _together(config, reporter or TerminalReporter(LastingConsole()), callbacks)
     session, journal = restore(run, config, notice=notices.append)

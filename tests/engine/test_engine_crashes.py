@@ -30,7 +30,7 @@ STEPS = 1_000_000
 def files(tmp_path: Path, run_on) -> tuple[Path, Path]:  # type: ignore[no-untyped-def]  # noqa: F811
     """A configuration file of a run with an engine of its own, and the run's directory."""
     chosen = run_on("vllm", "run", vllm={"own_process": True})
-    chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"steps": STEPS})})
+    chosen = chosen.having("train", steps=STEPS)
     path = tmp_path / "run.toml"
     path.write_text(configs.dump(chosen))
     return path, Path(chosen.output)

@@ -115,7 +115,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(run_on: Callable[..., Confi
 
 def test_presets_that_vllm_cannot_run_are_refused_before_it_starts(run_on: Callable[..., Config]) -> None:
     config = run_on("vllm", "dense")
-    dense = config.model_copy(update={"method": config.method.model_copy(update={"preset": "mezo", "interval": None})})
+    dense = config.having("method", preset="mezo", interval=None)
     with pytest.raises(zotune.ZotuneError, match="low-rank directions only"):
         zotune.start(dense, Recorder())
     assert not Path(dense.output).exists()

@@ -190,8 +190,7 @@ def check(answers: list[dict[int, float]], trained: Trained, folder: Path) -> No
 
 
 def test_after_its_last_step_an_engine_serves_the_tuned_model(trained: Trained, config: Config) -> None:
-    options = config.runtime.model_copy(update={"type": "vllm", "threads": None})
-    with closing(Session.build(config.model_copy(update={"runtime": options}))) as session:
+    with closing(Session.build(config.having("runtime", type="vllm", threads=None))) as session:
         objective = session.data.objective
         for step in range(config.train.steps):
             proposal, (examples, _) = session.optimizer.ask(step), session.batch(step)

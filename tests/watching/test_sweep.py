@@ -165,7 +165,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path, base: Config)
 
 
 def test_a_run_that_chose_its_learning_rate_is_still_the_planned_one(tmp_path: Path, base: Config) -> None:
-    base = base.model_copy(update={"method": base.method.model_copy(update={"lr": "auto"})})
+    base = base.having("method", lr="auto")
     plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
     assert sweep.run(plan, SilentReporter) == {}
     (row,) = sweep.summarise(plan).rows
@@ -194,7 +194,7 @@ def test_a_directory_of_another_run_is_left_alone(tmp_path: Path, base: Config) 
     plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
     sweep.run(plan, SilentReporter)
     before = contents(plan.runs[0].path)
-    base = base.model_copy(update={"train": base.train.model_copy(update={"steps": 4})})
+    base = base.having("train", steps=4)
     changed = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
     sweep.run(changed, SilentReporter)
     (row,) = sweep.summarise(changed).rows

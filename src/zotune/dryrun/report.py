@@ -146,9 +146,8 @@ def _embedded(config: Config) -> tuple[Config, tuple[str, ...]]:
     """The run in this process, whatever would run it, and what is to be told of that."""
     if config.runtime.type == "torch":
         return config, ()
-    runtime = config.runtime.model_copy(update={"type": "torch"})
     notice = f"memory and time are those of runtime.type = 'torch'; '{config.runtime.type}' was not started"
-    return config.model_copy(update={"runtime": runtime}), (notice,)
+    return config.having("runtime", type="torch"), (notice,)
 
 
 def _counts(run: DryRun) -> list[str]:
