@@ -28,7 +28,7 @@ from zotune import checkpoint, config, journal
 from zotune.config import Config
 from zotune.errors import JournalError, ZotuneError
 from zotune.journal import Journal
-from zotune.progress import Record
+from zotune.reporters import Record
 from zotune.run import RunDirectory
 
 Configure = Callable[..., Config]

@@ -12,7 +12,7 @@ from zotune.config import parse
 from zotune.evaluate import MAX_NEW_TOKENS, Evaluation, Metrics, evaluate
 from zotune.objectives import CandidateCrossEntropy, CompletionNLL
 from zotune.optimizer import Method, Optimizer
-from zotune.progress import SilentReporter
+from zotune.reporters import SilentReporter
 from zotune.rows import Candidate, Example, Row
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.testing import tiny

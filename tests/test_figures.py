@@ -3,8 +3,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from zotune.figures import as_json, duration, elapsed, percent, size
+from zotune.figures import Smoothed, as_json, duration, elapsed, percent, size
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (250, "4:10"), (7325, "2:02:05")])
@@ -29,3 +31,24 @@ def test_size_has_three_digits_and_a_unit() -> None:
 def test_json_gets_no_number_that_it_does_not_have() -> None:
     record = {"loss": math.nan, "best": -math.inf, "step": 3, "done": True, "lr": 0.5, "name": "a"}
     assert as_json(record) == {"loss": None, "best": None, "step": 3, "done": True, "lr": 0.5, "name": "a"}
+
+
+def test_the_first_value_is_not_pulled_towards_zero() -> None:
+    assert Smoothed(0.95).add(0.7) == pytest.approx(0.7)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), st.floats(0.1, 0.99))
+def test_smoothed_is_the_exponentially_weighted_average(values: list[float], decay: float) -> None:
+    smoothed = Smoothed(decay)
+    for value in values:
+        smoothed.add(value)
+    weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]
+    expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    assert smoothed.value == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_smoothed_leaves_out_what_is_not_finite() -> None:
+    smoothed = Smoothed(0.5)
+    assert smoothed.add(math.nan) is None
+    smoothed.add(2.0)
+    assert [smoothed.add(value) for value in (None, math.inf, 5.0)] == pytest.approx([2.0, 2.0, 4.0])

@@ -2,16 +2,13 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
-from zotune.progress import Smoothed, TerminalReporter
+from zotune.progress import TerminalReporter
 
 
 class Clock:
@@ -30,27 +27,6 @@ def step(number: int, loss: float | None = 0.6, **values: Any) -> dict[str, Any]
 
 def evaluation(number: int, loss: float, accuracy: float | None) -> dict[str, Any]:
     return {"kind": "eval", "step": number, "loss": loss, "accuracy": accuracy, "seconds": 7.0}
-
-
-def test_the_first_value_is_not_pulled_towards_zero() -> None:
-    assert Smoothed(0.95).add(0.7) == pytest.approx(0.7)
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), st.floats(0.1, 0.99))
-def test_smoothed_is_the_exponentially_weighted_average(values: list[float], decay: float) -> None:
-    smoothed = Smoothed(decay)
-    for value in values:
-        smoothed.add(value)
-    weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]
-    expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-    assert smoothed.value == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-
-def test_smoothed_leaves_out_what_is_not_finite() -> None:
-    smoothed = Smoothed(0.5)
-    assert smoothed.add(math.nan) is None
-    smoothed.add(2.0)
-    assert [smoothed.add(value) for value in (None, math.inf, 5.0)] == pytest.approx([2.0, 2.0, 4.0])
 
 
 def test_without_a_terminal_there_is_one_plain_line_per_evaluation_and_notice() -> None:

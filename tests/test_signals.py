@@ -15,8 +15,8 @@ from tiny_runs import Recorder, assert_same, saved
 import zotune
 from zotune import checkpoint, journal
 from zotune.config import Config
-from zotune.progress import Record
 from zotune.protocol import CLEAN, Probe
+from zotune.reporters import Record
 from zotune.rows import Row
 from zotune.runtimes import blueprint
 from zotune.runtimes.embedded import EmbeddedRuntime

@@ -16,7 +16,7 @@ import zotune
 from zotune import checkpoint, journal
 from zotune.config import Config
 from zotune.errors import CallbackError, StopRun
-from zotune.progress import Record, SilentReporter
+from zotune.reporters import Record, SilentReporter
 from zotune.run import RunDirectory
 
 Configure = Callable[..., Config]

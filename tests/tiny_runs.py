@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zotune import checkpoint, config
 from zotune.config import Config
-from zotune.progress import Record, SilentReporter
+from zotune.reporters import Record, SilentReporter
 from zotune.run import RunDirectory
 from zotune.session import restore
 

@@ -43,3 +43,28 @@ def finite(value: float) -> float | None:
 def as_json(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with None for numbers that are not finite."""
     return {name: finite(value) if isinstance(value, float) else value for name, value in record.items()}
+
+
+class Smoothed:
+    """Exponential moving average with the bias of its start corrected, as Adam does (Kingma & Ba 2015, section 3).
+
+    After n values it is the average with weights ``decay ** (n - i)`` for value i, so the first value is returned as
+    it is. Values that are missing or not finite are left out.
+    """
+
+    def __init__(self, decay: float = 0.95) -> None:
+        self._decay = decay
+        self._total = 0.0
+        self._weight = 0.0
+
+    def add(self, value: float | None) -> float | None:
+        """Take in a value; return the average so far, None while there is none."""
+        if value is not None and math.isfinite(value):
+            self._total = self._decay * self._total + value
+            self._weight = self._decay * self._weight + 1
+        return self.value
+
+    @property
+    def value(self) -> float | None:
+        """The average so far."""
+        return self._total / self._weight if self._weight else None

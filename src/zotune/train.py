@@ -16,7 +16,8 @@ from zotune.journal import Entry, Journal, read
 from zotune.journal.branches import open_run
 from zotune.paths import StrPath, expand
 from zotune.presets import resolve
-from zotune.progress import LastingConsole, Reporter, Reporters, TerminalReporter
+from zotune.progress import LastingConsole, TerminalReporter
+from zotune.reporters import Reporter, Reporters
 from zotune.run import RunDirectory, resolved
 from zotune.session import Session, restore
 from zotune.signals import Interrupted, Signals

@@ -11,7 +11,7 @@ from typing import Any
 from zotune import checkpoint, stopping
 from zotune.errors import DivergedError, StopRun
 from zotune.journal import Entry, Journal
-from zotune.progress import Reporter
+from zotune.reporters import Reporter
 from zotune.run import RunDirectory
 from zotune.session import Session
 from zotune.signals import Signals

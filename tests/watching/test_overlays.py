@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from zotune import cli, train
 from zotune.errors import ConfigError, JournalError
-from zotune.progress import SilentReporter
+from zotune.reporters import SilentReporter
 from zotune.watching import overlays
 from zotune.watching.metrics import RunMetrics
 from zotune.watching.overlays import Curves, overlay

@@ -18,7 +18,7 @@ from zotune import cli, train
 from zotune.config import dump, load
 from zotune.data import Dataset
 from zotune.errors import ConfigError, JournalError
-from zotune.progress import SilentReporter
+from zotune.reporters import SilentReporter
 from zotune.watching import report
 from zotune.watching.report import examples
 from zotune.watching.report.gather import Report, gather

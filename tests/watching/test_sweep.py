@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from zotune import cli, config, train
 from zotune.config import Config
 from zotune.errors import ConfigError
-from zotune.progress import SilentReporter
+from zotune.reporters import SilentReporter
 from zotune.run import RunDirectory
 from zotune.watching import sweep
 from zotune.watching.sweep.plan import names

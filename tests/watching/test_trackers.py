@@ -12,7 +12,7 @@ from tiny_runs import Recorder, configure
 from zotune import train
 from zotune.config import Config, parse
 from zotune.errors import ConfigError
-from zotune.progress import SilentReporter
+from zotune.reporters import SilentReporter
 from zotune.watching import trackers
 from zotune.watching.trackers import Figures, Tracker
 

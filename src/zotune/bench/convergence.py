@@ -24,7 +24,7 @@ from zotune.data import BatchOrder
 from zotune.errors import ModelError
 from zotune.journal.branches import open_run
 from zotune.presets import resolve
-from zotune.progress import SilentReporter
+from zotune.reporters import SilentReporter
 from zotune.rows import Example
 from zotune.run import RunDirectory
 from zotune.watching import metrics

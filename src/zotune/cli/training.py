@@ -13,7 +13,8 @@ from rich.text import Text
 from zotune.cli.program import INTERRUPTED, TERMINATED, AsJson, RunPath, app, command_line, print_json
 from zotune.figures import duration, percent
 from zotune.paths import expand
-from zotune.progress import LastingConsole, Reporter, TerminalReporter
+from zotune.progress import LastingConsole, TerminalReporter
+from zotune.reporters import Reporter
 from zotune.signals import Terminated
 
 if TYPE_CHECKING:

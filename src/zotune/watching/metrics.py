@@ -14,7 +14,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from zotune.errors import JournalError
-from zotune.progress import SCORES, Smoothed
+from zotune.figures import Smoothed
+from zotune.reporters import SCORES
 
 
 class _Step(TypedDict):
@@ -131,6 +132,6 @@ def number(value: float | None) -> float:
 
 
 def smoothed(values: Iterable[float | None]) -> list[float]:
-    """The moving average after each value (`zotune.progress.Smoothed`); NaN before the first that counts."""
+    """The moving average after each value (`zotune.figures.Smoothed`); NaN before the first that counts."""
     average = Smoothed()
     return [number(average.add(value)) for value in values]

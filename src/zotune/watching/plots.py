@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from zotune.errors import ConfigError, unknown
 from zotune.figures import percent
 from zotune.paths import StrPath, expand
-from zotune.progress import Record
+from zotune.reporters import Record
 from zotune.watching import metrics
 from zotune.watching.metrics import RunMetrics, number, smoothed
 

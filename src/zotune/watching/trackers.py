@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from zotune.config import Config, dump
 from zotune.errors import ConfigError, JournalError, reason
-from zotune.progress import SCORES, Record, Reporter, SilentReporter, Smoothed
+from zotune.figures import Smoothed
+from zotune.reporters import SCORES, Record, Reporter, SilentReporter
 from zotune.watching.metrics import read
 
 Figures = Mapping[str, float]

@@ -13,7 +13,7 @@ from zotune.config import Config
 from zotune.journal import read
 from zotune.journal.branches import open_run
 from zotune.presets import PRESETS, resolve
-from zotune.progress import SCORES
+from zotune.reporters import SCORES
 from zotune.run import RunDirectory
 from zotune.watching import metrics
 from zotune.watching.differences import defaults, shown, values

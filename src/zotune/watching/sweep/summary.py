@@ -12,7 +12,7 @@ from typing import Any
 
 from zotune.errors import ConfigError, JournalError
 from zotune.figures import finite
-from zotune.progress import SCORES
+from zotune.reporters import SCORES
 from zotune.watching import metrics
 from zotune.watching.metrics import RunMetrics, number
 from zotune.watching.overlays import overlay

@@ -10,7 +10,7 @@ import torch
 from zotune.config import AUTO, Config
 from zotune.errors import ZotuneError
 from zotune.journal.branches import open_run
-from zotune.progress import Reporter
+from zotune.reporters import Reporter
 from zotune.train import resume, start
 from zotune.watching.differences import shown, values
 from zotune.watching.standing import Standing, standing
