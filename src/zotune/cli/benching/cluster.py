@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from zotune.cli.benching.program import BatchSize, DataFolder, Dtype, ModelPath, Rank, Scope, bench_app, numbers
-from zotune.cli.program import AsJson, print_json
+from zotune.cli.benching.program import BatchSize, DataFolder, Dtype, ModelPath, Rank, Scope, bench_app, numbers, show
+from zotune.cli.program import AsJson
 
 
 @bench_app.command("cluster")
@@ -63,7 +62,4 @@ def bench_cluster(
             cpus=cpus,
             seed=seed,
         )
-    if as_json:
-        print_json(report.to_json())
-    else:
-        report.render(Console())
+    show(report, as_json)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from rich.console import Console
 
-from zotune.cli.program import app
+from zotune.cli.program import app, print_json
 from zotune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from zotune.bench import Plan
+    from zotune.bench import Plan, RuntimesReport, StepReport
+    from zotune.bench.cluster_report import ClusterReport
 
 bench_app = typer.Typer(help="Time zotune against the published procedure.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
@@ -59,23 +61,34 @@ def words(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def plan(*, dtype: str, threads: int | None, **lists: str) -> Plan:
-    """The plan of a long benchmark.
-
-    Args:
-        dtype: See `zotune.bench.Plan`.
-        threads: See there.
-        lists: The rest of it, each with commas.
+def plan(
+    *,
+    models: str,
+    runtimes: str,
+    batches: str,
+    directions: str,
+    ranks: str,
+    scopes: str,
+    dtype: str,
+    threads: int | None,
+) -> Plan:
+    """The plan of a long benchmark, from lists with commas; see `zotune.bench.Plan`.
 
     Raises:
         ConfigError: What should be numbers is not, or as for the plan.
     """
     from zotune import bench
 
-    counts = {name: numbers(int, lists.pop(name), f"--{name}") for name in ("batches", "directions", "ranks")}
-    names = {name: words(text) for name, text in lists.items()}
-    values: dict[str, Any] = {**names, **counts}
-    return bench.Plan(**values, dtype=dtype, threads=threads)
+    return bench.Plan(
+        models=words(models),
+        runtimes=words(runtimes),
+        batches=numbers(int, batches, "--batches"),
+        directions=numbers(int, directions, "--directions"),
+        ranks=numbers(int, ranks, "--ranks"),
+        scopes=words(scopes),
+        dtype=dtype,
+        threads=threads,
+    )
 
 
 def numbers(kind: Callable[[str], Number], text: str, option: str) -> list[Number]:
@@ -89,3 +102,11 @@ def numbers(kind: Callable[[str], Number], text: str, option: str) -> list[Numbe
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise ConfigError(f"{option}: got {text!r}; give {what} with commas between them") from None
+
+
+def show(report: StepReport | RuntimesReport | ClusterReport, as_json: bool) -> None:
+    """Print a report: as one line of JSON, or as tables."""
+    if as_json:
+        print_json(report.to_json())
+    else:
+        report.render(Console())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from zotune.cli.benching.program import (
     BatchSize,
@@ -18,9 +17,10 @@ from zotune.cli.benching.program import (
     Scope,
     Threads,
     bench_app,
+    show,
     words,
 )
-from zotune.cli.program import AsJson, print_json
+from zotune.cli.program import AsJson
 
 
 @bench_app.command("runtimes")
@@ -58,7 +58,4 @@ def bench_runtimes(
         repeats=repeats,
         threads=threads,
     )
-    if as_json:
-        print_json(report.to_json())
-    else:
-        report.render(Console())
+    show(report, as_json)

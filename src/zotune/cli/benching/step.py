@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from zotune.cli.benching.program import (
     BatchSize,
@@ -19,8 +18,9 @@ from zotune.cli.benching.program import (
     Scope,
     Threads,
     bench_app,
+    show,
 )
-from zotune.cli.program import AsJson, command_line, print_json
+from zotune.cli.program import AsJson, command_line
 
 
 @bench_app.command("step")
@@ -69,7 +69,4 @@ def bench_step(
     report = bench.step(**settings)
     if kept is not None:
         kept.add(settings, report.to_json())
-    if as_json:
-        print_json(report.to_json())
-    else:
-        report.render(Console())
+    show(report, as_json)
