@@ -1,6 +1,7 @@
 """Models that cannot read packs are refused; what others have that is unusual is computed as the oracle does."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,15 @@ def assert_exact(model: Any, method: Method, kind: Any = "mixed", normalised: bo
         found, expected = found - found[:, :, :1], expected - expected[:, :, :1]
     np.testing.assert_allclose(found, expected, atol=1e-4)
     return runtime
+
+
+def test_a_soft_cap_counts_although_the_attention_of_a_loaded_checkpoint_leaves_it_out(tmp_path: Path) -> None:
+    tiny.model("gemma2").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = model.config._attn_implementation
+    assert before != "eager"
+    assert_exact(model, Method()).close()
+    assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ another row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -81,10 +82,25 @@ class Trial:
 def _own_scores(model: PreTrainedModel, row: Row) -> np.ndarray | None:
     """The model's own scores of a row's candidates; None if it wants more than tokens."""
     try:
-        logits = model(input_ids=torch.tensor([row.prompt], device=model.device), use_cache=False).logits[0, -1]
+        with _soft_capped(model):
+            logits = model(input_ids=torch.tensor([row.prompt], device=model.device), use_cache=False).logits[0, -1]
     except Exception:  # As above.
         return None
     return _centred(logits[[candidate.tokens[0] for candidate in row.candidates]].float().cpu().numpy())
+
+
+@contextmanager
+def _soft_capped(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a soft cap counts: PyTorch's attention, which transformers takes by default, leaves it out."""
+    before = model.config._attn_implementation
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None or before == "eager":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _centred(scores: np.ndarray) -> np.ndarray:
