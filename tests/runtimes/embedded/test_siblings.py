@@ -121,17 +121,26 @@ def test_weights_are_stored_once_and_a_model_stays_a_model(tmp_path: Path) -> No
         assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
 
 
-def test_a_product_is_rounded_once_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("decay", [0.0, 300.0])
+@pytest.mark.parametrize(("family", "name"), [("llama", "mlp.down_proj"), ("opt", "fc2")])
+def test_a_product_is_rounded_once_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch, family: str, name: str, decay: float
+) -> None:
     monkeypatch.setattr("zotune.runtimes.embedded.modules.product_dtype", lambda dtype, device: dtype)
     monkeypatch.setattr("zotune.runtimes.embedded.runtime.product_dtype", lambda dtype, device: dtype)
-    runtime = EmbeddedRuntime(tiny.model("llama").to(torch.bfloat16), Method(eps=0.01))
-    layer = decoder_layers(runtime.model)[0].mlp.down_proj
+    method = Method(eps=0.01, weight_decay=decay)
+    runtime = EmbeddedRuntime(tiny.model(family).to(torch.bfloat16), method)
+    layer = decoder_layers(runtime.model)[0].get_submodule(name)
+    # Decay alone: what is left of the weight is no number that bfloat16 holds.
+    runtime.apply(Update(0, 0, ((KEY, 0.0),), 1e-3, closes_window=False))
     runtime.score([Probe(KEY, 1, 0.01)], ROWS)
     x = torch.randn(1, 200, 48).bfloat16()
     matrix = layer.forward.matrix
     with torch.inference_mode():
         got = layer(x)
         shown = matrix.shown.shift[0].bfloat16().double() @ matrix.v.T.bfloat16().double()
-        exact = x.double() @ (layer.weight.double() + shown).T
+        exact = x.double() @ (layer.weight.double() * (1 - 1e-3 * decay) + shown).T
+        if layer.bias is not None:
+            exact += layer.bias.double() + matrix.bias.shift[0].bfloat16().double()
     best = (exact.bfloat16().double() - exact).abs().mean()
     assert (got.double() - exact).abs().mean() < 1.1 * best

@@ -105,10 +105,11 @@ def test_more_directions_than_there_is_room_for_are_scored_in_turn(monkeypatch: 
 
 
 @pytest.mark.usefixtures("everywhere_beside")
-def test_an_output_is_rounded_once_with_its_bias_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("decay", [0.0, 30.0])
+def test_an_output_is_rounded_once_with_its_bias_in_16_bits(monkeypatch: pytest.MonkeyPatch, decay: float) -> None:
     for module in ("modules", "runtime"):
         monkeypatch.setattr(f"zotune.runtimes.embedded.{module}.product_dtype", lambda dtype, device: dtype)
-    runtime = EmbeddedRuntime(tiny.model("opt").to(torch.bfloat16), Method())
+    runtime = EmbeddedRuntime(tiny.model("opt").to(torch.bfloat16), Method(weight_decay=decay))
     layer = decoder_layers(runtime.model)[0].fc1
     key = DirectionKey(0, 0, 0)
     runtime.apply(Update(0, 0, ((key, 0.5),), 0.01, closes_window=False))
@@ -124,6 +125,7 @@ def test_an_output_is_rounded_once_with_its_bias_in_16_bits(monkeypatch: pytest.
         got = layer(x)
         moved = double(matrix.update) + 0.01 * double(matrix.shown.directions[0])
         bias = layer.bias.double() + matrix.bias.shift[0].double()
-        exact = x.double() @ (layer.weight.double() + moved @ double(matrix.v).T).T + bias
+        kept = layer.weight.double() * (1 - 0.01 * decay)
+        exact = x.double() @ (kept + moved @ double(matrix.v).T).T + bias
     best = (exact.bfloat16().double() - exact).abs().mean()
     assert (got.double() - exact).abs().mean() < 1.1 * best

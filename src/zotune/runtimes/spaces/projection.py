@@ -120,8 +120,8 @@ class Projection(ABC):
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, keep: float) -> Tensor:
-    """``keep * x W^T + bias``."""
+    """``keep * x W^T + bias``, rounded once."""
     if keep == 1.0:
         return F.linear(x, weight, bias)
-    y = F.linear(x, weight).mul_(keep)
-    return y if bias is None else y.add_(bias)
+    first = x.new_zeros(len(weight)) if bias is None else bias
+    return torch.addmm(first, x.flatten(0, 1), weight.T, alpha=keep).view(*x.shape[:-1], -1)
