@@ -61,6 +61,9 @@ class SkinnyProduct(Projection):
             return plain(x, weight, bias, self.keep)
         factors = self.factors if self.staged else self._gathered(rows).to(x.dtype)
         projected = self.factors_of(x)
+        if bias is not None and x.is_cuda:
+            # Rounded twice, because a GPU adds a bias as it writes a product, and else goes over y twice more.
+            return plain(x, weight, bias, self.keep).baddbmm_(projected, factors)
         # The large product is added to the small one before it is rounded: the other way round would round twice.
         y = projected @ factors if bias is None else torch.baddbmm(bias, projected, factors)
         y.flatten(0, 1).addmm_(x.flatten(0, 1), weight.T, alpha=self.keep)
