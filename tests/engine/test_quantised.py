@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 import quantised
 from safetensors.torch import load_file
 from tiny_runs import Recorder, configure
+from vllm import envs
 
 import zotune
 from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
@@ -40,8 +41,8 @@ ROWS = tiny.rows("mixed", 8, seed=2)
 WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()
 """Whether vLLM's build has kernels here for 4 bits, and for 8 bits without sums that saturate."""
 
-TILES = torch.cpu._is_amx_tile_supported()
-"""Whether vLLM takes its kernel of 8 bits that is made for AMX, for 16-bit models alone."""
+TILES = torch.cpu._is_amx_tile_supported() and not hasattr(envs, "VLLM_CPU_SGL_KERNEL")
+"""Whether vLLM takes its kernel of 8 bits that is made for AMX, for 16-bit models alone, without being asked to."""
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_16_bit_models_of_any_format_are_the_dequantised_model(
     assert off.max() < 2 * allowed.max()
 
 
-@pytest.mark.skipif(not TILES, reason="vLLM's kernel of 8 bits takes float32 on a processor without AMX")
+@pytest.mark.skipif(not TILES, reason="vLLM's other kernel of 8 bits takes float32")
 def test_a_kernel_that_does_not_take_the_dtype_is_named_with_what_to_do(tmp_path: Path) -> None:
     config, _ = quantised.quantise(quantised.model(torch.float32), INT8, tmp_path)
     with (
