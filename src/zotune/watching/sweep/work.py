@@ -11,7 +11,6 @@ from zotune.config import AUTO, Config
 from zotune.errors import ZotuneError
 from zotune.journal.branches import open_run
 from zotune.reporters import Reporter
-from zotune.train import resume, start
 from zotune.watching.differences import shown, values
 from zotune.watching.standing import Standing, standing
 from zotune.watching.sweep.plan import Plan, Planned
@@ -64,6 +63,9 @@ def whereabouts(planned: Planned) -> Standing:
 
 def carry_on(planned: Planned, where: Standing, live: Reporter) -> None:
     """Start or go on with a run that is waiting or was interrupted; raises what `zotune.train` does."""
+    # Transformers, which takes seconds; a summary of what is there needs none of it.
+    from zotune.train import resume, start
+
     threads = torch.get_num_threads()
     try:
         if where.state == "waiting":
