@@ -116,11 +116,12 @@ class Beside:
         for member, place in chain.from_iterable(product.beside() for product in products):
             # All terms side by side first, for a weight's rows are far apart, and each is to be gone to once.
             rows, rank = place.new_zeros(place.shape), member.update.shape[1]
+            terms = place.shape[1] // member.width
             self._placed.add(place, rows)
             for term, seen in enumerate(flat):
                 self._joined.add(rows[:, term * rank : (term + 1) * rank], seen[member])
                 if member.bias is not None:
-                    self._joined.add(rows[:, rank * place.shape[1] // member.width + term], seen[member.bias])
+                    self._joined.add(rows[:, rank * terms + term], seen[member.bias])
 
     def enter(self) -> None:
         """Let every product take what these blocks take."""
