@@ -132,15 +132,14 @@ class _Cache:
 
     def fill(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
         """Store what a module computed of all prompts, laid out one after the other: ``(1, heads, T, width)`` each."""
-        self._stored[module] = self._spread(key), self._spread(value)
+        dtype = product_dtype(value.dtype, value.device.type)
+        self._stored[module] = self._spread(key.to(dtype)), self._spread(value.to(dtype))
 
     def _spread(self, x: Tensor) -> Tensor:
         rows, positions = self._prompts
         # Zeros, because what is masked is still multiplied, and fresh memory may hold NaN.
-        shares = x.new_zeros(
-            (len(self.lengths), x.shape[1], self._room, x.shape[3]), dtype=product_dtype(x.dtype, x.device.type)
-        )
-        shares[rows, :, positions] = x[0].transpose(0, 1).to(shares.dtype)
+        shares = x.new_zeros((len(self.lengths), x.shape[1], self._room, x.shape[3]))
+        shares[rows, :, positions] = x[0].transpose(0, 1)
         return shares
 
     def extend(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from zotune.optimizer import Method
 from zotune.protocol import CLEAN, Probe, Update
 from zotune.rows import Row
 from zotune.runtimes import sites
-from zotune.runtimes.embedded import attention, generation, graphs, heap, lora, modules, siblings
+from zotune.runtimes.embedded import attention, generation, graphs, heap, lora, modules, rotary, siblings
 from zotune.runtimes.embedded.ahead import Ahead
 from zotune.runtimes.embedded.crown import Crown
 from zotune.runtimes.embedded.trial import Trial
@@ -110,6 +110,7 @@ class EmbeddedRuntime:
         self._shape = modules.Shape()
         self._crown = Crown(self.model, self._shape)
         modules.wrap(self.model, {site.name: state for site, state in self.space.sites.items()}, self._shape)
+        rotary.wrap(self.model)
         for each in self._siblings:
             each.wrap(self._shape, self.method.directions)
         self._trunk = Trunk(self.model, self.layout, self._shape)
