@@ -112,10 +112,8 @@ class Optimizer:
 
     def ask(self, step: int) -> Proposal:
         """The probes of ``step``."""
-        method = self.method
-        window = step // method.interval if method.family == "low-rank" else step
-        keys = [DirectionKey(window, step, index) for index in range(method.directions)]
-        return Proposal(step, window, ESTIMATORS[method.estimator].probes(keys, self._eps(step)))
+        keys = self._keys(step)
+        return Proposal(step, keys[0].window, ESTIMATORS[self.method.estimator].probes(keys, self._eps(step)))
 
     def tell(self, proposal: Proposal, losses: Sequence[float]) -> Update:
         """The update that follows from the losses of a proposal's probes.
@@ -149,13 +147,16 @@ class Optimizer:
             coefficients: One per direction, or none.
             lr: The learning rate that a journal has for the step; default: the schedule's.
         """
-        proposal = self.ask(step)
-        keys = dict.fromkeys(probe.key for probe in proposal.probes if probe.key is not None)
+        keys = self._keys(step)
         terms = tuple(zip(keys, coefficients, strict=True)) if coefficients else ()
         if lr is None:
             lr = self.method.lr * self._factor(step)
         closes = self.method.family == "low-rank" and (step + 1) % self.method.interval == 0
-        return Update(step, proposal.window, terms, lr, closes)
+        return Update(step, keys[0].window, terms, lr, closes)
+
+    def _keys(self, step: int) -> list[DirectionKey]:
+        window = step // self.method.interval if self.method.family == "low-rank" else step
+        return [DirectionKey(window, step, index) for index in range(self.method.directions)]
 
     def _factor(self, step: int) -> float:
         return factor(self.method.schedule, step, self.steps, self.method.warmup_steps)
