@@ -26,7 +26,7 @@ from zotune.watching.sweep.plan import names
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WILD = ("method = {preset = 'lozo-m', lr = 1e38}", "train.steps = 30")
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALLEST = '[base.model]\npath = "m"\n[base.data]\ntrain = "rows.jsonl"\n'
 
 
