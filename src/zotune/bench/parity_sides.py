@@ -27,7 +27,7 @@ from zotune.optimizer import Method
 from zotune.protocol import Probe
 from zotune.rows import Example
 from zotune.runtimes.base import Runtime
-from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.embedded import EmbeddedRuntime, rotary
 from zotune.runtimes.engine import checkpoint_layout
 from zotune.testing import tiny
 from zotune.testing.reference import OracleRuntime
@@ -133,7 +133,9 @@ def started(side: Side, setting: steps.Setting, method: Method, seed: int = 0) -
         return
     with closing(cast("Runtime", start(side.runtime, setting, method, seed=seed))) as runtime:
         if side.attention == "eager":
-            cast("EmbeddedRuntime", runtime).model.set_attn_implementation("eager")
+            model = cast("EmbeddedRuntime", runtime).model
+            rotary.unwrap(model)
+            model.set_attn_implementation("eager")
         if side.head == "rounded":
             _round_logits(setting.model.get_output_embeddings())
         yield runtime

@@ -78,3 +78,12 @@ def test_a_runtime_wraps_attention_and_gives_it_back() -> None:
     assert modeling("llama").apply_rotary_pos_emb is not rotary.turned
     runtime.close()
     assert "forward" not in attention.__dict__
+
+
+def test_attention_may_go_back_to_its_own_before_the_rest() -> None:
+    runtime = EmbeddedRuntime(tiny.model("llama"), Method())
+    layer = runtime.model.model.layers[0]
+    rotary.unwrap(runtime.model)
+    assert "forward" not in layer.self_attn.__dict__
+    assert "forward" in layer.mlp.down_proj.__dict__
+    runtime.close()

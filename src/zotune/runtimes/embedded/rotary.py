@@ -20,13 +20,21 @@ _NAME = "apply_rotary_pos_emb"
 
 
 def wrap(model: nn.Module) -> None:
-    """Let attention modules turn queries and keys by `turned`; `zotune.runtimes.embedded.modules.unwrap` ends it."""
+    """Let attention modules turn queries and keys by `turned`, until `unwrap` or that of `embedded.modules`."""
     for module in model.modules():
         forward = type(module).forward
         if isinstance(forward, FunctionType) and _NAME in forward.__code__.co_names:
             known = forward.__globals__.get(_NAME)
             if known is not None and _turns_halves(known):
                 module.forward = MethodType(_calling_turned(forward), module)
+
+
+def unwrap(model: nn.Module) -> None:
+    """Let attention modules call their file's function, which leaves the model's dtype to an attention of its own."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, MethodType) and forward.__func__.__globals__.get(_NAME) is turned:
+            del module.__dict__["forward"]
 
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
