@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,6 +155,13 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step(bad: float, place: i
     assert str(bad) in str(error.value)
 
 
+@pytest.mark.parametrize("lr", [0.25, 0.0])
+def test_the_learning_rate_that_a_journal_has_counts_and_not_the_schedules(lr: float) -> None:
+    optimizer = Optimizer(Method(lr=0.1, schedule="linear"), steps=10)
+    assert optimizer.update(5, [1.0], lr).lr == lr
+    assert optimizer.update(5, [1.0]).lr == pytest.approx(0.05)
+
+
 def test_update_refuses_another_number_of_coefficients() -> None:
     with pytest.raises(ValueError, match="argument"):
         Optimizer(Method(directions=3), steps=10).update(0, [1.0, 2.0])
@@ -182,6 +190,8 @@ def test_the_scale_normalises_by_the_rank() -> None:
 
 
 def test_a_coefficient_beyond_float32_is_no_estimate():
-    optimizer = Optimizer(Method(eps=1e-3), steps=10)
-    with pytest.raises(NonFiniteLossError, match="not finite in float32"):
-        optimizer.tell(optimizer.ask(0), [3e36, -3e36])
+    optimizer, largest = Optimizer(Method(eps=0.5), steps=10), float(np.finfo(np.float32).max)
+    assert optimizer.tell(optimizer.ask(0), [largest, 0.0]).terms[0][1] == largest
+    for losses in ([math.nextafter(largest, math.inf), 0.0], [0.0, 4e38]):
+        with pytest.raises(NonFiniteLossError, match="not finite in float32"):
+            optimizer.tell(optimizer.ask(0), losses)
