@@ -45,6 +45,17 @@ def test_defaults_are_the_published_ones() -> None:
         assert (method.scope, method.weight_decay, method.distribution) == ("all", 0.0, "normal")
 
 
+def test_defaults_of_many_directions_are_the_documented_ones() -> None:
+    late, fzoo, damped = (get(name).method for name in ("lozo-late", "fzoo", "spsa-1.5"))
+    assert (late.scope, late.calibrated, late.rank, late.interval) == ("last-layers", True, 2, 50)
+    assert (late.estimator, late.directions, late.eps, late.schedule) == ("one-sided", 16, 1e-2, "linear")
+    assert (fzoo.estimator, fzoo.directions, fzoo.eps, fzoo.lr) == ("standardised", 8, 1e-3, 5e-5)
+    assert (damped.estimator, damped.directions, damped.eps, damped.schedule) == ("damped", 40, 1e-3, "linear")
+    for method in (fzoo, damped):
+        assert (method.distribution, method.rank, method.interval, method.scope) == ("rademacher", 1, 50, "all")
+    assert {name for name, preset in PRESETS.items() if not preset.lr_published} == {"lozo-late", "spsa-1.5"}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_no_preset_probes_where_16_bits_round(name: str) -> None:
     assert too_near(get(name).method, bits=16) == []
