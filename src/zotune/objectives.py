@@ -174,7 +174,7 @@ def _gold(examples: Sequence[Example]) -> np.ndarray:
 
 def _cross_entropy(means: np.ndarray, starts: np.ndarray, counts: np.ndarray, gold: np.ndarray) -> np.ndarray:
     """Cross-entropy over each example's candidates, float64 ``(probes, examples)``; see `_length_normalised`."""
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore"):
         highest = np.maximum.reduceat(means, starts, axis=1)
         shifted = np.exp(means - np.repeat(highest, counts, axis=1))
         total = highest + np.log(np.add.reduceat(shifted, starts, axis=1))
@@ -183,7 +183,7 @@ def _cross_entropy(means: np.ndarray, starts: np.ndarray, counts: np.ndarray, go
 
 def _length_normalised(scores: np.ndarray, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean log-probability per scored token, float64, with each example's first column and number of columns."""
-    counts = np.array([len(example.row.candidates) for example in examples], dtype=np.int64)
+    counts = np.array([len(example.row.candidates) for example in examples])
     lengths = np.array([len(candidate.scored) for example in examples for candidate in example.row.candidates])
     if not len(examples) or scores.ndim != 2 or scores.shape[1] != len(lengths):
         raise ValueError(f"{len(examples)} examples have {len(lengths)} candidates; got scores of shape {scores.shape}")
