@@ -159,6 +159,21 @@ def test_one_of_another_run_is_named_and_passed_over(folder: Path) -> None:
     assert checkpoint.newest(folder, upto=3, identity=own.get) is not None
 
 
+def test_one_of_another_bank_is_named_and_passed_over(folder: Path) -> None:
+    for step, columns in ((3, 0), (6, 4), (9, 6)):
+        bank = {f"bank/v/{site}": torch.zeros(5, columns) for site in ("a", "b") if columns}
+        checkpoint.save(folder, state(step) | bank, step=step, window=0, keep=9)
+    for columns, expected, others in ((0, 3, ((9, 6), (6, 4))), (4, 6, ((9, 6),)), (6, 9, ())):
+        notices: list[str] = []
+        found = checkpoint.newest(folder, notice=notices.append, bank=columns)
+        assert found is not None
+        assert found[0] == expected
+        assert [notice.split(", and not used")[0] for notice in notices] == [
+            f"the checkpoint {folder}/step-0000000{step} is of runtime.vllm.bank_rank = {other}, not {columns}"
+            for step, other in others
+        ]
+
+
 def test_the_best_stays_however_old_it_is(folder: Path) -> None:
     for step, best in ((2, 2), (4, 4), (6, 4), (8, 4), (10, 10), (12, 10), (14, None)):
         checkpoint.save(folder, state(step), step=step, window=0, keep=2, best=best)
