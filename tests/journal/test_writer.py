@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +105,22 @@ def test_a_record_is_in_the_file_when_append_returns(path: Path) -> None:
     opened.append(FIRST)
     assert journal.read(path)[1] == [FIRST]
     opened.close()
+
+
+def test_records_are_on_disk_a_second_after_the_last_time_and_when_it_is_closed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, synced = [5.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "fsync", synced.append)
+    opened = Journal.create(path, HEADER)
+    counts = [len(synced)]
+    for step, seconds in enumerate((5.9, 6.0, 6.9, 7.5)):
+        now[0] = seconds
+        opened.append(replace(FIRST, step=step))
+        counts.append(len(synced))
+    opened.close()
+    assert [*counts, len(synced)] == [1, 1, 2, 2, 3, 4]
 
 
 def test_steps_are_appended_in_their_order(path: Path) -> None:
