@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -349,6 +350,22 @@ def test_one_process_at_a_time_writes(path: Path) -> None:
     third.claim()
     third.close()
     assert journal.read(path)[1] == [FIRST]
+
+
+def test_where_there_are_no_locks_a_journal_that_grew_is_still_found(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    write(path, FIRST)
+    first, second = Journal.open(path), Journal.open(path)
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    first.claim()
+    first.append(SKIPPED)
+    with pytest.raises(JournalError, match="changed since it was read"):
+        second.claim()
+    first.close()
 
 
 def test_a_journal_that_was_only_read_takes_no_record(path: Path) -> None:
