@@ -138,8 +138,10 @@ def test_a_task_takes_local_files(tmp_path):
 
 @pytest.mark.parametrize("seed", [2**32, 2**70])
 def test_split_seeds_that_numpy_cannot_take(tmp_path, seed):
+    path = write(tmp_path / "rows.jsonl", 9)
     with pytest.raises(ConfigError, match=r"data\.split_seed"):
-        load(config(write(tmp_path / "rows.jsonl", 9), split_seed=seed), TOKENIZER, CONTEXT)
+        load(config(path, split_seed=seed), TOKENIZER, CONTEXT)
+    assert len(load(config(path, split_seed=2**32 - 1), TOKENIZER, CONTEXT).train) == 8
 
 
 def test_a_length_beyond_the_context_is_refused(tmp_path):

@@ -124,6 +124,7 @@ def test_an_answer_must_not_begin_where_writing_ends():
         ({"candidates": [" a", " b"], "label": "label"}, "data.prompt is missing"),
         ({"prompt": "{text}", "candidates": [" a", " b"]}, "data.label is missing"),
         ({"prompt": "{text}", "label": "label"}, "data.candidates is missing"),
+        ({**REVIEWS, "answers": "right"}, "data.answers goes with data.completion only"),
         ({**REVIEWS, "candidates": [" a"]}, "has only 1; classification needs"),
         ({"prompt": "{text}", "completion": "{text}", "loss": "gold"}, "data.loss is set"),
         ({**REVIEWS, "prompt": "{text"}, "data.prompt: cannot read the template"),
