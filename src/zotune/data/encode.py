@@ -49,7 +49,7 @@ class Encoded:
     """
 
     rows: tuple[Row, ...]
-    cut_prompts: int = 0
+    cut_prompts: int
     cut_completions: int = 0
     alone: Mapping[int, Tokens] = field(default_factory=dict)
 

@@ -50,8 +50,8 @@ class Classification:
     prompt: Template
     candidates: tuple[Template, ...]
     label: str
-    loss: Literal["candidates", "gold"] = "candidates"
-    chat: bool = False
+    loss: Literal["candidates", "gold"]
+    chat: bool
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -139,8 +139,8 @@ class Completion(_Learnt):
 
     prompt: Template
     completion: Template
-    answers: str | None = None
-    chat: bool = False
+    answers: str | None
+    chat: bool
 
     def examples(self, rows: Sequence[Numbered], encoder: Encoder) -> Examples:
         """Encode rows.
