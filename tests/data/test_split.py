@@ -1,6 +1,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,9 +40,13 @@ def test_no_row_lies_on_both_sides(tmp_path, seed, sizes):
 
 
 def test_rows_left_out_are_made_up_for_by_later_ones_and_told(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [*rows(30, 10), *({"text": f"new {i}", "label": i % 2} for i in range(60))])
-    data = load(config(path, train_size=40, validation_size=20), TOKENIZER, 64)
-    assert (len(data.train), len(data.validation)) == (40, 20)
+    made = [*rows(30, 10), *({"text": f"new {i}", "label": i % 2} for i in range(60))]
+    data = load(config(write(tmp_path / "rows.jsonl", made), train_size=40, validation_size=20), TOKENIZER, 64)
+    drawn = [(made[i]["text"], made[i]["label"]) for i in np.random.RandomState(0).permutation(90)]
+    fit = [row for row in drawn[40:] if row not in drawn[:40]]
+    texts = [TOKENIZER.decode(each.row.prompt, skip_special_tokens=True) for each in data.validation]
+    assert len(data.train) == 40
+    assert [text.removesuffix(" It was") for text in texts] == [text for text, _ in fit[:20]]
     told = "\n".join(data.notices)
     assert "rows that are training rows too were left out" in told
     assert "rows repeat another row" in told
