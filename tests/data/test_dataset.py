@@ -136,6 +136,16 @@ def test_a_task_takes_local_files(tmp_path):
     assert "train: 20 rows, terrible " in data.notices[0]
 
 
+def test_what_is_written_ends_at_eos_or_a_line_break(tmp_path):
+    # This tokenizer puts a space before the line break, which ends nothing.
+    spaced, chosen = byte_level(prefix_space=True), config(write(tmp_path / "rows.jsonl", 9))
+    endless = deepcopy(spaced)
+    endless.eos_token = None
+    line_break = spaced.encode("a\n")[-1]
+    assert load(chosen, spaced, CONTEXT).stop == (spaced.eos_token_id, line_break)
+    assert load(chosen, endless, CONTEXT).stop == (line_break,)
+
+
 @pytest.mark.parametrize("seed", [2**32, 2**70])
 def test_split_seeds_that_numpy_cannot_take(tmp_path, seed):
     path = write(tmp_path / "rows.jsonl", 9)
