@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import tomllib
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -141,6 +143,46 @@ def test_a_mistake_is_named_with_what_is_allowed(table: dict[str, Any], expected
 )
 def test_a_value_of_another_type_is_refused(table: dict[str, Any], expected: str) -> None:
     assert refusal(table) == f"my.toml: {expected}"
+
+
+def taking(value: float) -> set[str]:
+    """The keys that may have this number."""
+    taken = set()
+    for name, table in config.tables().items():
+        for key in table.model_fields:
+            given = deepcopy(MINIMAL)
+            config.assign(given, f"{name}.{key}", value)
+            with suppress(ConfigError):
+                config.parse(given)
+                taken.add(f"{name}.{key}")
+    return taken
+
+
+def test_numbers_have_bounds() -> None:
+    # A token id is checked where the vocabulary is known.
+    assert taking(-1) == {"data.bos"}
+    rates = {f"method.{key}" for key in ("lr", "momentum", "weight_decay", "warmup_steps")} | {"train.min_delta"}
+    counts = {"train.seed", "data.split_seed", "runtime.vllm.bank_rank", "runtime.ray.gpus"}
+    assert taking(0) == {"data.bos", *rates, *counts}
+    assert "method.momentum" not in taking(1), "which would be no step at all"
+    rows = {"bos", "train_size", "validation_size", "split_seed", "max_length"}
+    steps = {"steps", "eval_every", "patience", "checkpoint_every", "keep_checkpoints", "max_skipped"}
+    others = {"method.interval", "method.warmup_steps", "runtime.max_tokens"}
+    cuts = {"runtime.ray.unit_tokens", "runtime.ray.check_every"}
+    assert taking(10**39) == {f"data.{key}" for key in rows} | {f"train.{key}" for key in steps} | others | cuts
+
+
+@pytest.mark.parametrize(
+    ("runtime", "columns"),
+    [
+        ({"type": "torch"}, 0),
+        ({"type": "vllm"}, 4),
+        ({"type": "ray"}, 0),
+        ({"type": "ray", "ray": {"inner": "vllm"}}, 4),
+    ],
+)
+def test_only_a_runtime_on_vllm_has_a_bank(runtime: dict[str, Any], columns: int) -> None:
+    assert config.parse(changed(runtime={**runtime, "vllm": {"bank_rank": 4}})).runtime.bank == columns
 
 
 def test_a_whole_number_is_also_a_number_and_a_tuple_also_a_list() -> None:
