@@ -390,14 +390,30 @@ def disk_full_at(size: int) -> Iterator[None]:
 def test_a_full_disk_is_an_error_before_the_step_counts(path: Path, room: int) -> None:
     whole = write(path, FIRST, SKIPPED)
     sound = whole.rindex(b"\n", 0, -1) + 1
-    path.write_bytes(whole[:sound])
+    path.write_bytes(whole[: whole.index(b"\n") + 1])
     opened = Journal.open(path)
     opened.claim()
+    opened.append(FIRST)
     with disk_full_at(sound + room), pytest.raises(JournalError, match=f"{room} of|File too large"):
         opened.append(SKIPPED)
     opened.close()
     assert opened.entries == [FIRST]
     assert journal.read(path)[1] == [FIRST]
+
+
+def test_a_disk_that_fails_is_told_and_the_journal_let_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    write(path, FIRST)
+    opened, next_one = Journal.open(path), Journal.open(path)
+    opened.claim()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(JournalError, match=r"cannot write to .*: Input/output error"):
+            opened.close()
+    next_one.claim()
+    next_one.close()
 
 
 def test_the_identity_of_steps_is_that_of_their_records_however_it_was_come_by(path: Path) -> None:
