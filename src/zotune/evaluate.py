@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zotune import answers
-from zotune.objectives import Objective, predictions
+from zotune.objectives import Objective, batch_losses, predictions
 from zotune.protocol import CLEAN
 from zotune.rows import Example
 from zotune.runtimes.base import Runtime
@@ -80,7 +80,7 @@ def evaluate(
         stop: Token ids that end an answer.
     """
     scores = runtime.score([CLEAN], [example.row for example in examples], normalised=objective.normalised)
-    metrics = Metrics(float(objective.losses(scores, examples).mean(dtype=np.float64)), None, len(examples))
+    metrics = Metrics(batch_losses(objective, scores, examples)[0], None, len(examples))
     if decode is not None and any(example.answers for example in examples):
         return _written(metrics, examples, _write(runtime, examples, decode, stop))
     if any(len(example.row.candidates) > 1 for example in examples):
