@@ -119,6 +119,11 @@ def test_a_learning_rate_that_its_settings_do_not_give(tmp_path: Path) -> None:
     assert audit.verify(path).problems == ("step 4 has the learning rate 2e-06, but its settings give 1e-06",)
     write(path, HEADER, *ENTRIES[:3], journal.Change(3, {"method.lr": 2e-6}), replace(ENTRIES[3], lr=2e-6))
     assert audit.verify(path).sound
+    write(path, HEADER, replace(ENTRIES[0], lr=2e-6), *ENTRIES[1:])
+    damage(path, 4)
+    first, second = audit.verify(path).problems
+    assert first.startswith("line 4 is damaged"), "what keeps a run from going on comes first"
+    assert second.startswith("step 1 has the learning rate 2e-06")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a journal\n", b"\x00" * 99])
