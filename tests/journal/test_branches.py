@@ -73,6 +73,14 @@ def test_going_back_keeps_what_came_later(run: Path, trained: Path) -> None:
             assert content in (now.get(name), now.get(f"branches/branch-1/{name}"))
 
 
+def test_going_back_leaves_out_metrics_that_a_crash_has_damaged(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b'{"kind": "st\n', b"[3]\n", b'{"kind": "step"}\n', *lines[1:]]))
+    zotune.rollback(run, 7)
+    assert path.read_bytes() == b"".join(line for line in lines if json.loads(line)["step"] <= 7)
+
+
 @pytest.mark.parametrize("step", [0, 3, 7, 11])
 def test_the_same_settings_come_to_the_same_bits(run: Path, trained: Path, step: int) -> None:
     zotune.rollback(run, step)

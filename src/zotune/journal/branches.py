@@ -174,11 +174,9 @@ def _until(path: Path, step: int) -> bytes:
     """The lines of a file of metrics up to ``step``, without those that a crash has damaged."""
     kept = []
     for text in path.read_bytes().splitlines(keepends=True):
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             if json.loads(text)["step"] <= step:
                 kept.append(text)
-        except (ValueError, KeyError, TypeError):
-            continue
     return b"".join(kept)
 
 
