@@ -53,6 +53,7 @@ def test_defaults_of_many_directions_are_the_documented_ones() -> None:
     assert (damped.estimator, damped.directions, damped.eps, damped.schedule) == ("damped", 40, 1e-3, "linear")
     for method in (fzoo, damped):
         assert (method.distribution, method.rank, method.interval, method.scope) == ("rademacher", 1, 50, "all")
+    assert [name for name, preset in PRESETS.items() if preset.method.calibrated] == ["lozo-late"]
     assert {name for name, preset in PRESETS.items() if not preset.lr_published} == {"lozo-late", "spsa-1.5"}
 
 
