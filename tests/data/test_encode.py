@@ -159,6 +159,15 @@ def test_long_prompts_lose_their_left_behind_bos_and_are_counted():
     assert Encoder(tokenizer, longest).choices(texts).cut_prompts == 0
 
 
+def test_candidates_that_leave_a_prompt_nothing_but_bos_are_refused():
+    tokenizer = byte_level(bos=True)
+    texts = [text("the worst film of the year", " terrible", " great")]
+    longest = max(len(candidate.tokens) for candidate in Encoder(tokenizer, LONG).choices(texts).rows[0].candidates)
+    assert len(Encoder(tokenizer, longest + 2).choices(texts).rows[0].prompt) == 2
+    with pytest.raises(DataError, match="leaves no room for the prompt"):
+        Encoder(tokenizer, longest + 1).choices(texts)
+
+
 def test_long_completions_lose_their_end_after_the_prompt_lost_its_left():
     tokenizer = byte_level(bos=True)
     whole = Encoder(tokenizer, LONG).completions([text("the sum", " of four and five is nine")]).rows[0]

@@ -83,7 +83,7 @@ class Encoder:
             row = _branch(text, head, body, fulls)
             # A chat's text begins with the token that is put before other texts.
             first = len(head) or int(row.prompt[0] == self.tokenizer.bos_token_id)
-            fitted = fit(text.where, row, first, self.max_length)
+            fitted = fit(text.where, row, first, self.max_length, least=1)
             rows.append(fitted)
             cut += fitted is not row
         return Encoded(tuple(rows), cut_prompts=cut)
@@ -204,16 +204,17 @@ def _branch(text: Text, head: Tokens, body: Tokens, fulls: Sequence[Tokens]) -> 
     return Row(head + fulls[0][:shared], tuple(candidates))
 
 
-def fit(where: str, row: Row, head: int, max_length: int) -> Row:
+def fit(where: str, row: Row, head: int, max_length: int, least: int = 0) -> Row:
     """The row itself if it fits, else with its prompt cut after the first ``head`` tokens until it does.
 
     Raises:
-        DataError: A candidate leaves no room for a token of the prompt; ``where`` names the row.
+        DataError: A candidate leaves no room for ``least`` tokens of the prompt behind these, or for any at all;
+            ``where`` names the row.
     """
     excess = len(row.prompt) + max(len(candidate.tokens) for candidate in row.candidates) - max_length
     if excess <= 0:
         return row
-    if len(row.prompt) - excess < max(head, 1):
+    if len(row.prompt) - excess < max(head + least, 1):
         raise DataError(
             f"{where}: a candidate leaves no room for the prompt within {max_length} tokens. Shorten the "
             "candidates or raise data.max_length."
