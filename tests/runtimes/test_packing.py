@@ -12,6 +12,7 @@ from packed import contexts
 
 from zotune.rows import Candidate, Row
 from zotune.runtimes.packing import Pack, cut, pack
+from zotune.testing import tiny
 
 TOKENS = st.integers(0, 9)
 
@@ -104,6 +105,15 @@ def test_single_tokens_cost_their_prompt_and_their_rows_of_the_head(batch: tuple
 def test_one_longer_candidate_needs_the_whole_vocabulary() -> None:
     single, longer = Row((1,), (Candidate((2,), (0,)),)), Row((1,), (Candidate((2, 3), (1,)),))
     assert pack([single, longer], normalised=False).vocabulary is None
+
+
+@pytest.mark.parametrize("spans", [False, True])
+def test_a_pack_is_moved_with_all_of_its_tensors(spans: bool) -> None:
+    packed = pack(tiny.rows("mixed", 4), normalised=False, spans=spans)
+    assert all(map(torch.equal, packed.over(packed.flat()).tensors(), packed.tensors()))
+    moved = packed.to(torch.device("meta")).tensors()
+    assert [(each.shape, each.is_meta) for each in moved] == [(each.shape, True) for each in packed.tensors()]
+    assert packed.to(torch.device("cpu")) is packed
 
 
 @settings(max_examples=200)
