@@ -65,9 +65,21 @@ def never(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
     raise TypeError("not like this")
 
 
-@pytest.mark.parametrize("function", [other_arguments, never])
-def test_a_function_that_cannot_be_tried_stays(function: Any) -> None:
+def last_numbers(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+    rest = q.shape[-1] - cos.shape[-1]
+    turned = rotary.turned(q[..., rest:], k[..., rest:], cos, sin, unsqueeze_dim)
+    return [torch.cat([x[..., :rest], y], -1) for x, y in zip((q, k), turned, strict=True)]
+
+
+@pytest.mark.parametrize("function", [other_arguments, never, last_numbers])
+def test_a_function_that_cannot_be_tried_or_turns_other_numbers_stays(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not rotary._turns_halves(function)
+    monkeypatch.setattr(modeling("llama"), "apply_rotary_pos_emb", function)
+    model = tiny.model("llama")
+    rotary.wrap(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_a_runtime_wraps_attention_and_gives_it_back() -> None:
