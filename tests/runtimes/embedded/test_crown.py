@@ -49,12 +49,13 @@ class Mixing(nn.Module):
         return self.linear(x) + x.mean(1, keepdim=True)
 
 
-def test_what_mixes_tokens_is_left_alone() -> None:
+def test_what_mixes_tokens_or_has_another_width_is_left_alone() -> None:
     model = tiny.model("llama")
     layer = decoder_layers(model)[-1]
-    layer.mlp = Mixing(nn.Linear(32, 32))
-    Crown(model, Shape())
-    assert not any("forward" in child.__dict__ for child in layer.children())
+    for other in (Mixing(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 16))):
+        layer.mlp = other
+        Crown(model, Shape())
+        assert not any("forward" in child.__dict__ for child in layer.children())
     layer.mlp = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     Crown(model, Shape())
     assert [name for name, child in layer.named_children() if "forward" in child.__dict__] == ["mlp"]
