@@ -83,8 +83,7 @@ class Trunk:
 
     def _one_sequence(self, decoder: nn.Module, args: Any, output: Any) -> None:
         # GPT-2 gives its result the input's length, as if a block were another row of the batch.
-        if self._blocks > 1:
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1).unsqueeze(0)
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1).unsqueeze(0)
 
     def _repeated(self, value: Any) -> Any:
         if isinstance(value, tuple):
