@@ -55,6 +55,12 @@ def test_seconds_are_those_of_the_steps_as_far_as_they_are_known(tmp_path: Path)
     assert metrics.read(run).seconds == 1.0
 
 
+def test_the_clock_goes_on_where_lines_or_seconds_were_lost(tmp_path: Path) -> None:
+    run = write(tmp_path, step(1, 0.5, 1.0), step(2, 0.5, seconds=None), step(4, 0.5, 2.0))
+    clock = metrics.read(run).clock()
+    assert [clock(done) for done in range(6)] == [0, 1, 1, 1, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("scores", "name"),
     [
