@@ -7,13 +7,13 @@ from zotune.run import resolved
 from zotune.watching import differences
 
 
-def values(**tables: dict[str, Any]) -> dict[str, Any]:
+def values(**tables: Any) -> dict[str, Any]:
     table: dict[str, Any] = {"output": "runs/a", "model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
     return differences.values(resolved(config.parse(table | tables)))
 
 
 def test_what_differs_is_named_and_where_a_run_lies_is_not() -> None:
-    a, b = values(method={"lr": 1e-5}), values(method={"lr": 3e-5}, train={"seed": 1})
+    a, b = values(method={"lr": 1e-5}), values(output="runs/b", method={"lr": 3e-5}, train={"seed": 1})
     assert differences.differing([a, b]) == ["method.lr", "train.seed"]
     assert differences.labels(["a", "b"], [a, b]) == ["lr 1e-05, seed 0", "lr 3e-05, seed 1"]
     assert differences.differing([a, a]) == []
