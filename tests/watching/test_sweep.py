@@ -106,9 +106,10 @@ def test_what_all_runs_have_in_common_does_not_vary(tmp_path: Path) -> None:
     assert [run.config.train.steps for run in plan.runs] == [7, 7]
 
 
-def test_a_sweep_needs_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["", 'output = ""\n', "output = 3\n"])
+def test_a_sweep_needs_a_folder(tmp_path: Path, output: str) -> None:
     with pytest.raises(ConfigError, match="output is required"):
-        sweep.read(write(tmp_path / "sweep.toml", "[grid]\ntrain.seed = [0]\n" + SMALLEST))
+        sweep.read(write(tmp_path / "sweep.toml", output + "[grid]\ntrain.seed = [0]\n" + SMALLEST))
 
 
 values = st.one_of(
