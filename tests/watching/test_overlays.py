@@ -67,6 +67,7 @@ def test_many_runs_can_be_told_apart() -> None:
     assert len(looks) == 28
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [f"_run ${n}" for n in range(28)]
+    assert not any(text.get_parse_math() for text in legend.get_texts()), "two dollars in a name are no formula"
 
 
 def test_runs_of_the_same_name_keep_their_paths(runs: list[Path], tmp_path: Path) -> None:
