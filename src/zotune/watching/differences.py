@@ -107,4 +107,4 @@ def _label(name: str, text: str, *, clear: bool) -> str:
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    return json.dumps(value, default=str)
