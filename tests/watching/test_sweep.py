@@ -91,6 +91,8 @@ def test_listed_runs_stand_alone_or_are_combined_with_the_grid(tmp_path: Path) -
         ("[grid]\ntrain.seed = [0]\n", "base is required"),
         ("gird = 1\n" + SMALLEST, "unknown key 'gird'. Did you mean 'grid'"),
         ("grid = 1\n" + SMALLEST, r"grid is a table, \[grid\]"),
+        ("run = 1\n" + SMALLEST, r"runs are listed as \[\[run\]\]"),
+        ("run = [1]\n" + SMALLEST, r"runs are listed as \[\[run\]\]"),
         ("[[run]]\n[[run]]\n" + SMALLEST, "base.* and base.* are the same run"),
     ],
 )
