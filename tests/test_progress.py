@@ -85,7 +85,7 @@ def test_on_a_terminal_a_bar_shows_the_latest_step(width: int) -> None:
     assert "step 0/40  loss 0.700  accuracy 50.0 %\n" in shown
     # The average of 0.8 and 0.4 with weights 0.95 and 1; the skipped step takes no part.
     assert "step 3/40  loss 0.400  smoothed 0.595  accuracy 50.0 %  32 rows/s" in shown
-    assert ("━" in shown) == (width == 140)
+    assert ("0:06 left  1 skipped" in shown) == ("━" in shown) == (width == 140), "a narrow terminal has no room"
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor must come back"
 
 
