@@ -70,10 +70,10 @@ def test_the_clock_goes_on_where_lines_or_seconds_were_lost(tmp_path: Path) -> N
         ({"accuracy": None, "exact_match": 0.1, "f1": 0.2}, "f1"),
     ],
 )
-def test_a_run_is_judged_by_the_first_score_that_it_has(
+def test_a_run_is_judged_by_the_first_score_that_any_evaluation_has(
     tmp_path: Path, scores: dict[str, float | None], name: str | None
 ) -> None:
-    assert metrics.read(write(tmp_path, evaluation(0, **scores))).score_name == name
+    assert metrics.read(write(tmp_path, evaluation(0), evaluation(2, **scores))).score_name == name
 
 
 def test_what_is_not_a_number_leaves_a_gap() -> None:
