@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from zotune import checkpoint, cli, config
-from zotune.cli.program import INTERRUPTED, USER_ERROR, Commands, print_json
+from zotune.cli.program import INTERRUPTED, USER_ERROR, Commands, command_line, print_json
 from zotune.errors import ConfigError
 from zotune.journal import Journal
 
@@ -105,6 +105,34 @@ def test_help_names_every_command() -> None:
     assert dict(commands(typer.main.get_command(cli.app))).keys() == COMMANDS
     for command in COMMANDS:
         assert f" {command.split()[0]} " in shown.stdout
+
+
+def test_the_package_is_the_program() -> None:
+    words = [sys.executable, "-m", "zotune"]
+    shown = subprocess.run([*words, "tasks", "--json"], capture_output=True, text=True, check=True)
+    assert shown.stdout == program("tasks", "--json").stdout
+    refused = subprocess.run([*words, "rnu"], capture_output=True, text=True, check=False)
+    assert refused.returncode == USER_ERROR
+    assert refused.stderr.startswith("Usage: zotune ")
+
+
+@pytest.mark.parametrize(
+    ("first", "found", "expected"),
+    [
+        ("/bin/zotune", "/bin/zotune", "zotune"),
+        ("/venv/bin/zotune", "/bin/zotune", "/venv/bin/zotune"),
+        ("/venv/bin/zotune", None, "/venv/bin/zotune"),
+        ("/lib/zotune/__main__.py", "/bin/zotune", "zotune"),
+        ("/lib/zotune/__main__.py", None, f"{sys.executable} -m zotune"),
+        ("script.py", None, "zotune"),
+    ],
+)
+def test_what_to_go_on_with_can_be_typed(
+    monkeypatch: pytest.MonkeyPatch, first: str, found: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [first, "run"])
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    assert command_line("resume", Path("a b")) == f"{expected} resume 'a b'"
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def test_a_run_is_a_directory_of_plain_files(run: Path) -> None:
         "predictions.jsonl",
     ]
     manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["versions"]["torch"] == torch.__version__
+    # A package may leave out which CUDA it was built for.
+    assert torch.__version__.startswith(manifest["versions"]["torch"])
     assert manifest["command"] == sys.argv
     assert manifest["versions"]["python"] == platform.python_version()
     assert {"started", "platform", "cpu", "cores", "threads", "gpus"} <= manifest.keys()
@@ -357,4 +359,4 @@ def test_metrics_that_are_not_finite_are_null_and_come_back(tmp_path: Path) -> N
     ((step, metrics),) = directory.evaluations().items()
     assert step == 3
     assert math.isnan(metrics.loss)
-    assert metrics == Metrics(metrics.loss, 0.0, 5)
+    assert replace(metrics, loss=0.0) == Metrics(0.0, 0.0, 5)

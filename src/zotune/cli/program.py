@@ -97,10 +97,12 @@ def _before_every_command(
 
 def command_line(*words: str | Path) -> str:
     """A command line of this very program, quoted for the shell."""
-    program = sys.argv[0]
-    if Path(program).stem != "zotune" or shutil.which("zotune") == program:
-        program = "zotune"
-    return shlex.join([program, *map(str, words)])
+    program = [sys.argv[0]]
+    if Path(program[0]).name == "__main__.py" and shutil.which("zotune") is None:
+        program = [sys.executable, "-m", "zotune"]
+    elif Path(program[0]).stem != "zotune" or shutil.which("zotune") == program[0]:
+        program = ["zotune"]
+    return shlex.join([*program, *map(str, words)])
 
 
 def plain_table(*headings: str, below: int = 0) -> Table:
