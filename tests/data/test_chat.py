@@ -336,11 +336,18 @@ def test_an_answer_that_was_cut_is_written_on_from_the_prompt():
     assert example.prompt == example.row.prompt
 
 
-def test_rows_are_the_same_on_every_day():
-    dated = "{% set now = strftime_now('%d %b %Y') %}[{{ now }}]" + PLAIN
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% set now = strftime_now('%d %b %Y') %}[{{ now }}]", "[26 Jul 2024]"),
+        ("\n{{ strftime_now('%A, %B %-d, %Y') if strftime_now is defined }}", "\nFriday, July 26, 2024"),
+        ("{% macro today(form) %}{{ strftime_now(form) }}{% endmacro %}{{ today('%Y-%m-%d') }}", "2024-07-26"),
+    ],
+)
+def test_rows_are_the_same_on_every_day(template: str, expected: str) -> None:
     turns = Conversation.read({"m": chat("a", "b")}, "m", "row 1")
-    (row,) = ChatTemplate.of(tokenizer(dated)).encode([turns], 4096).rows
-    assert TOKENIZERS[PLAIN].decode(row.prompt).startswith("[26 Jul 2024]")
+    (row,) = ChatTemplate.of(tokenizer(template + PLAIN)).encode([turns], 4096).rows
+    assert TOKENIZERS[PLAIN].decode(row.prompt).startswith(expected)
 
 
 @pytest.mark.parametrize("keys", [{"candidates": ["terrible", "great"], "label": "label"}, {"completion": "great"}])

@@ -226,8 +226,9 @@ class ChatTemplate:
     def _apply(self, conversation: Conversation, turns: Sequence[Turn], **options: Any) -> Any:
         """What the tokenizer makes of these turns of the conversation."""
         try:
+            template = _dated(self.tokenizer.get_chat_template(tools=conversation.tools))
             return self.tokenizer.apply_chat_template(
-                list(turns), tools=conversation.tools, strftime_now=_TODAY.strftime, **options
+                list(turns), tools=conversation.tools, chat_template=template, **options
             )
         # Templates are programs of their own: they raise what Jinja and they themselves like.
         except Exception as error:
@@ -241,6 +242,17 @@ class ChatTemplate:
             "before it (some leave out earlier thoughts). Put {% generation %} marks around the assistant's turns in "
             "the template, or write the turns out with data.prompt and data.completion."
         )
+
+
+@cache
+def _dated(template: str) -> str:
+    """A template that takes every day for `_TODAY`: a macro of its own stands in for transformers' function."""
+    if "strftime_now" not in template:
+        return template
+    directives = sorted(set(re.findall(r"%-?[aAbBcdeFHIjmMpSTuUVwWxXyY]", template)))
+    written = "".join(f"|replace('{each}', '{_TODAY.strftime(each)}')" for each in directives)
+    # The empty text keeps a line's end that the template may begin with.
+    return "{% macro strftime_now(format) %}{{ format" + written + " }}{% endmacro %}{{ '' }}" + template
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from inspect import signature
+from inspect import unwrap as unwrapped
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -22,7 +23,8 @@ _NAME = "apply_rotary_pos_emb"
 def wrap(model: nn.Module) -> None:
     """Let attention modules turn queries and keys by `turned`, until `unwrap` or that of `embedded.modules`."""
     for module in model.modules():
-        forward = type(module).forward
+        # Below what only renames arguments.
+        forward = unwrapped(type(module).forward)
         if isinstance(forward, FunctionType) and _NAME in forward.__code__.co_names:
             known = forward.__globals__.get(_NAME)
             if known is not None and _turns_halves(known):
