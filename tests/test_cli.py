@@ -125,6 +125,7 @@ def test_the_package_is_the_program() -> None:
         ("/lib/zotune/__main__.py", "/bin/zotune", "zotune"),
         ("/lib/zotune/__main__.py", None, f"{sys.executable} -m zotune"),
         ("script.py", None, "zotune"),
+        ("/lib/pytest/__main__.py", None, "zotune"),
     ],
 )
 def test_what_to_go_on_with_can_be_typed(

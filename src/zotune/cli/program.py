@@ -98,7 +98,7 @@ def _before_every_command(
 def command_line(*words: str | Path) -> str:
     """A command line of this very program, quoted for the shell."""
     program = [sys.argv[0]]
-    if Path(program[0]).name == "__main__.py" and shutil.which("zotune") is None:
+    if Path(program[0]).parts[-2:] == ("zotune", "__main__.py") and shutil.which("zotune") is None:
         program = [sys.executable, "-m", "zotune"]
     elif Path(program[0]).stem != "zotune" or shutil.which("zotune") == program[0]:
         program = ["zotune"]
