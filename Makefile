@@ -1,6 +1,6 @@
 # `make demo` and `make test` need Python >= 3.11 and a package index; once .venv stands, neither needs the network.
 # Which build of PyTorch the pin brings is the package index's choice; TORCH names another requirement:
-#   make demo TORCH='torch>=2.8,<2.13'
+#   make demo TORCH='torch>=2.9,<2.13'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VLLM ?= 0.32.0
