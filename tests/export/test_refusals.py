@@ -7,6 +7,7 @@ import json
 import random
 import resource
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,14 @@ def test_a_missing_file_is_refused(run: MadeRun, tmp_path: Path) -> None:
         apply_journal(str(run.base), tmp_path / "nothing", tmp_path / "out")
 
 
+def says_the_same(content: bytes, whole: bytes) -> bool:
+    """Whether only bits differ that fill up the last byte of what gzip compressed."""
+    try:
+        return gzip.decompress(content) == gzip.decompress(whole)
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
 def test_every_truncation_and_every_flipped_byte_is_noticed(run: MadeRun, file: Path, tmp_path: Path) -> None:
     whole, draw = file.read_bytes(), random.Random(0)
     damaged = [whole[:length] for length in range(0, len(whole), 7)]
@@ -112,6 +121,8 @@ def test_every_truncation_and_every_flipped_byte_is_noticed(run: MadeRun, file: 
         damaged.append(whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :])
     damaged += [draw.randbytes(size) for size in (1, 10, 100, 1000)]
     for content in damaged:
+        if says_the_same(content, whole):
+            continue
         (tmp_path / "damaged").write_bytes(content)
         with pytest.raises(JournalError, match="damaged"):
             apply_journal(str(run.base), tmp_path / "damaged", tmp_path / "out")
