@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -14,6 +14,8 @@ import zotune
 from zotune import config
 from zotune.errors import ConfigError
 from zotune.paths import expand
+
+NUL = "embedded null byte" if sys.version_info < (3, 13) else "stat: embedded null character in path"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,13 +69,13 @@ def test_configurations_and_sweeps_are_read_from_a_path_as_text(home: Path, begi
         ("~nosuchuser/x", "Could not determine home directory"),
         ("x" * 300, "File name too long"),
         ("x" * 300 + "/below", "File name too long"),
-        ("nul\0", "(stat: )?embedded null (byte|character in path)"),
+        ("nul\0", NUL),
     ],
 )
 def test_a_path_that_nothing_can_be_at_is_refused_in_one_line(path: str, why: str) -> None:
     with pytest.raises(ConfigError) as caught:
         expand(path)
-    assert re.fullmatch(f"cannot use the path {re.escape(repr(path))}: {why}; give another one", str(caught.value))
+    assert str(caught.value) == f"cannot use the path {path!r}: {why}; give another one"
 
 
 def test_a_path_need_not_exist(tmp_path: Path) -> None:

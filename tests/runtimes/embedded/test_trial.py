@@ -1,6 +1,7 @@
 """Models that cannot read packs are refused; what others have that is unusual is computed as the oracle does."""
 
 import copy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,13 @@ def assert_exact(model: Any, method: Method, kind: Any = "mixed", normalised: bo
 
 
 def test_a_soft_cap_counts_although_the_attention_of_a_loaded_checkpoint_leaves_it_out(tmp_path: Path) -> None:
-    tiny.model("gemma2").save_pretrained(tmp_path)
+    made: Any = tiny.model("gemma2")
+    if not made._supports_sdpa:
+        pytest.skip("newer transformers have no attention for it that leaves out the cap")
+    made.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     before = model.config._attn_implementation
-    if before == "eager":
-        pytest.skip("these transformers load it with the attention that has the cap")
+    assert before != "eager"
     assert_exact(model, Method()).close()
     assert model.config._attn_implementation == before
 
@@ -79,6 +82,7 @@ def test_a_soft_cap_counts_although_the_attention_of_a_loaded_checkpoint_leaves_
     ("kind", "options", "why"),
     [
         ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, "attention is its own"),
+        ("gptj", {**OLD, "rotary_dim": 4}, "attention is its own"),
         ("mamba", MAMBA, "depends on the row before it"),
         ("mamba2", {**MAMBA, "num_heads": 8, "head_dim": 8, "n_groups": 1}, "depends on the row before it"),
         ("lfm2", {**GROUPED, "block_ff_dim": 48, "layer_types": ["conv", "full_attention"]}, "the row before it"),
@@ -90,6 +94,8 @@ def test_a_model_whose_tokens_meet_otherwise_is_refused(kind: str, options: dict
         if (kind, dtype) == ("doge", torch.bfloat16):
             continue
         model = make(kind, dtype, **options)
+        if kind == "gptj" and model._supports_attention_backend:
+            pytest.skip("newer transformers let its attention be another one")
         with pytest.raises(ModelError, match=rf"\w+ cannot be tuned on PyTorch: .*{why}.*runtime.type = 'vllm'"):
             EmbeddedRuntime(model, Method(scope="linear"))
         assert not any("forward" in module.__dict__ for module in model.modules())
@@ -139,8 +145,11 @@ def test_a_tuned_head_with_a_bias(kind: str, normalised: bool) -> None:
 )
 def test_a_model_that_cannot_branch_is_exact_and_has_no_trunk(kind: str, options: dict[str, Any]) -> None:
     runtime = assert_exact(make(kind, **options), Method(scope="last-layers"))
-    # In older releases of transformers Gemma 4's upper layers take nothing from lower ones that cannot be repeated.
-    assert runtime._trunk._reach(0) == 0 or kind == "gemma4_text"
+    if kind == "gemma4_text":
+        taken = signature(type(runtime.model.model.layers[0].self_attn).forward).parameters
+        if "shared_kv_states" not in taken:
+            pytest.skip("in older transformers upper layers take nothing from lower ones that cannot be repeated")
+    assert runtime._trunk._reach(0) == 0
 
 
 def test_a_linear_layer_that_gives_more_than_a_product_is_none() -> None:

@@ -7,10 +7,9 @@ leaves its results in float32, which attention there mostly multiplies in.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
-from inspect import signature
-from inspect import unwrap as unwrapped
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -24,7 +23,7 @@ def wrap(model: nn.Module) -> None:
     """Let attention modules turn queries and keys by `turned`, until `unwrap` or that of `embedded.modules`."""
     for module in model.modules():
         # Below what only renames arguments.
-        forward = unwrapped(type(module).forward)
+        forward = inspect.unwrap(type(module).forward)
         if isinstance(forward, FunctionType) and _NAME in forward.__code__.co_names:
             known = forward.__globals__.get(_NAME)
             if known is not None and _turns_halves(known):
@@ -70,7 +69,7 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
 @cache
 def _turns_halves(known: Callable[..., Any]) -> bool:
     """Whether a model's function is what `turned` is, by trying it."""
-    if list(signature(known).parameters) != list(signature(turned).parameters):
+    if list(inspect.signature(known).parameters) != list(inspect.signature(turned).parameters):
         return False
     # Every number another one, so that no place can be taken for another.
     q, k, cos, sin = torch.linspace(-1, 2, 112).sin().view(1, 14, 8).split([6, 4, 2, 2], 1)
