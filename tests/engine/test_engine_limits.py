@@ -20,6 +20,8 @@ from zotune.optimizer import Method
 from zotune.protocol import CLEAN
 from zotune.rows import Candidate, Row
 from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.engine import handshake
+from zotune.runtimes.engine.internals import Engine
 from zotune.runtimes.engine.runtime import EngineRuntime, Work
 from zotune.testing import tiny
 
@@ -59,6 +61,31 @@ def test_writing_ends_where_the_context_does(tmp_path: Path) -> None:
     assert found[0] == expected[0]
     assert found[1] == expected[1][: len(found[1])]
     assert len(found[1]) in (10, len(expected[1]))
+
+
+def test_plain_vllm_is_no_replay_of_a_graph_that_zotune_s_layers_were_captured_in(tmp_path: Path) -> None:
+    model = tiny.model("llama", head_size=HEAD_SIZE)
+    runtime = start(model, tmp_path / "model", Work(step_tokens=64, longest=tiny.CONTEXT, largest=tiny.CONTEXT))
+    replays: list[bool] = []
+
+    def watch(worker: Any) -> None:
+        execute = worker.model_runner.execute_model
+
+        # As the runner of GPUs has it, which leaves graphs out where it takes measure.
+        def execute_model(scheduler_output: Any, is_profile: bool = False) -> Any:
+            if scheduler_output.total_num_scheduled_tokens:
+                replays.append(not is_profile)
+            return execute(scheduler_output)
+
+        worker.model_runner.execute_model = execute_model
+        worker.tuner.engine = Engine(worker.model_runner)
+
+    runtime.llm.collective_rpc(watch)
+    handshake.check(runtime, {}, model)
+    runtime.score([CLEAN], [Row(tokens(8), (Candidate(tokens(1), (0,)),))])
+    runtime.close()
+    assert replays.count(False) == 1
+    assert replays[-2:] == [False, True]
 
 
 def test_a_model_that_vllm_leaves_to_transformers_is_refused(tmp_path: Path) -> None:

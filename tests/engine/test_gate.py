@@ -23,6 +23,10 @@ def test_what_is_installed_passes() -> None:
     gate.require()
 
 
+def test_a_release_has_what_is_used_on_gpus_also_where_there_is_none() -> None:
+    assert gate.missing(gate._CUDA) == []
+
+
 def test_every_missing_thing_is_named_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = importlib.import_module("vllm.model_executor.layers.linear")
     processor = importlib.import_module("vllm.model_executor.layers.logits_processor").LogitsProcessor

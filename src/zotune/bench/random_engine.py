@@ -38,7 +38,9 @@ def require() -> None:
         )
 
 
-def start(network: PreTrainedModel, method: Method, works: Sequence[Work], *, compile: bool) -> EngineRuntime:
+def start(
+    network: PreTrainedModel, method: Method, works: Sequence[Work], *, compile: bool, **more: Any
+) -> EngineRuntime:
     """Start an engine, and prove that every layer that holds a site is called and heeded.
 
     Args:
@@ -46,6 +48,7 @@ def start(network: PreTrainedModel, method: Method, works: Sequence[Work], *, co
         method: What to tune, and how directions look.
         works: What to be ready for, one of each batch size.
         compile: vLLM's compiler, and CUDA graphs.
+        more: Further arguments of `launch.start`.
 
     Raises:
         ModelError: vLLM cannot run the shape, or there is not enough memory.
@@ -54,10 +57,10 @@ def start(network: PreTrainedModel, method: Method, works: Sequence[Work], *, co
     layout = Layout(tuple(find_sites(network, method.scope)))
     options = RuntimeConfig(type="vllm", vllm=EngineConfig(compile=compile))
     most = max(work.forward_tokens(options.max_tokens) for work in works)
-    more: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True}
     if compile and torch.cuda.is_available():
         sizes = {size for work in works for size in launch.graph_sizes(work.step_tokens, most)}
-        more["compilation_config"] = {"cudagraph_capture_sizes": sorted(sizes)}
+        wanted = {"cudagraph_capture_sizes": sorted(sizes), **more.get("compilation_config", {})}
+        more["compilation_config"] = wanted
     with tempfile.TemporaryDirectory() as folder:
         network.config.save_pretrained(folder)
         begin = partial(
@@ -70,6 +73,8 @@ def start(network: PreTrainedModel, method: Method, works: Sequence[Work], *, co
             longest=max(handshake.LONGEST, *(work.longest for work in works)),
             compile=compile,
             weight_bytes=sum(weight.numel() for weight in network.parameters()) * network.dtype.itemsize,
+            load_format="dummy",
+            skip_tokenizer_init=True,
             **more,
         )
         llm, processes = Lifeline.around(begin)

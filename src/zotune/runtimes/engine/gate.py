@@ -121,7 +121,12 @@ _CPU = (Need(f"{_WORKER}.cpu_worker", "CPUWorker", ("load_model", "model_runner"
 _CUDA = (
     Need(f"{_WORKER}.gpu_worker", "Worker", ("load_model", "model_runner", "vllm_config")),
     *_FIRST_RUNNER,
-    Need(f"{_WORKER}.gpu.model_runner", "GPUModelRunner", _RUNNER, _EXECUTE),
+    Need(
+        f"{_WORKER}.gpu.model_runner",
+        "GPUModelRunner",
+        _RUNNER,
+        (("execute_model", ("scheduler_output", "is_profile")),),
+    ),
     Need(f"{_WORKER}.gpu.model_runner", "ExecuteModelState", ("hidden_states", "input_batch")),
     Need(f"{_WORKER}.gpu.input_batch", "InputBatch", ("req_ids",)),
 )

@@ -7,6 +7,7 @@ bypasses requests: a hand-built output of the scheduler goes to the model runner
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,9 @@ class Engine:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._calls = itertools.count()
+        # The first runner has no such argument, and on CPUs no graphs.
+        known = inspect.signature(runner.execute_model).parameters
+        self._without_graphs = {"is_profile": True} if "is_profile" in known else {}
         config = runner.vllm_config
         self.model: Any = runner.get_model()
         self.dtype: torch.dtype = config.model_config.dtype
@@ -135,11 +139,12 @@ class Engine:
         owned = slice(shard.org_vocab_start_index, shard.org_vocab_end_index)
         return Head(module, owned, processor.scale, processor.soft_cap)
 
-    def forward(self, sequences: Sequence[list[int]]) -> Tensor:
+    def forward(self, sequences: Sequence[list[int]], *, replay: bool = True) -> Tensor:
         """Hidden states after the last layer of these sequences, one after the other.
 
         Args:
             sequences: Token ids, ascending by length: vLLM puts shorter ones first by itself.
+            replay: Whether a CUDA graph may stand for it; in one, layers do what they did when it was captured.
 
         Returns:
             ``(tokens, width)``, valid until the next forward.
@@ -152,7 +157,7 @@ class Engine:
             for name, tokens in zip(ids, sequences, strict=True)
         ]
         with _without_logits(self.model):
-            runner.execute_model(_schedule(new, set(), len(self.blocks)))
+            runner.execute_model(_schedule(new, set(), len(self.blocks)), **({} if replay else self._without_graphs))
         state, runner.execute_model_state = runner.execute_model_state, None
         order = (getattr(state, "input_batch", None) or runner.input_batch).req_ids
         if list(order)[: len(ids)] != ids:

@@ -70,6 +70,7 @@ class Tuner:
         self._bank = self._banked(settings["bank_rank"])
         self._rows: dict[int, Prepared] = {}
         self._loading: dict[str, Tensor] = {}
+        self._plain = False
         self.timings = Timings.of("draw", "pack", "forward", "head", "apply", "fold")
 
     @property
@@ -155,7 +156,7 @@ class Tuner:
             self.mix.show(numbers[state])
         try:
             with self.timings.timed("forward"):
-                hidden = self.engine.forward(batch.sequences)
+                hidden = self.engine.forward(batch.sequences, replay=not self._plain)
         finally:
             self.mix.clear(len(state))
         with self.timings.timed("head"):
@@ -243,6 +244,7 @@ class Tuner:
 
     def on_plain(self, plain: bool) -> None:
         """Whether wrapped layers do only what was there before."""
+        self._plain = plain
         for layer in self.layers:
             layer.plain = plain
 
