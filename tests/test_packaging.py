@@ -5,6 +5,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import zotune
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src"
 
@@ -21,5 +23,10 @@ def test_a_wheel_has_every_file_that_is_no_module() -> None:
     assert packed == others
 
 
-def test_types_are_there_for_those_who_check_them() -> None:
+def test_type_checkers_and_editors_see_what_is_imported() -> None:
     assert (SOURCES / "zotune" / "py.typed").is_file()
+    seen: dict[str, object] = {}
+    exec((SOURCES / "zotune" / "__init__.pyi").read_text(), seen)
+    assert {name for name in seen if not name.startswith("_")} == set(zotune.__all__)
+    for name in zotune.__all__:
+        assert seen[name] is getattr(zotune, name), name
