@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from zotune.optimizer import Method
 from zotune.protocol import CLEAN
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine.bank import Bank, settled, truncated
-from zotune.runtimes.engine.tokenwise import Part, TokenMix, TokenSpace, TunedMatrix
+from zotune.runtimes.engine.tokenwise import Part, TokenMix, TokenSpace, TunedMatrix, TunedVector
 from zotune.runtimes.spaces.lowrank import LowRankMatrix
+from zotune.runtimes.spaces.mixture import Vector
 from zotune.testing import conformance, tiny
 from zotune.testing.conformance import Case
 
@@ -154,6 +156,17 @@ def test_a_bias_of_sixteen_bits_is_shown_with_one_rounding() -> None:
         exact = bank.stacks[sites[1]].b + space.sites[sites[1]].update
         assert torch.equal(module.vector(), exact.bfloat16())
     assert bank.stacks[sites[1]].b.any()
+
+
+def test_a_bank_on_the_host_is_shown_to_vectors_that_are_elsewhere() -> None:
+    # A device without memory stands for a GPU: it refuses, too, to add what is on the host.
+    site, elsewhere = Site("norm.weight", (6,)), torch.device("meta")
+    module = TunedVector([Part(site, slice(0, 6), slice(None))], 6, TokenMix(8, 1, torch.bfloat16, elsewhere))
+    state = Vector(torch.zeros(6, device=elsewhere))
+    space = SimpleNamespace(method=METHOD, sites={site: state}, modules=[module])
+    bank = Bank(cast("TokenSpace", space), 4, (), lambda: pytest.fail("no window was closed"))
+    bank.show(space.modules)
+    assert bank.stacks[site].b.device == CPU
 
 
 def test_recompression_keeps_within_the_error_that_it_states() -> None:

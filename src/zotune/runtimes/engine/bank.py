@@ -184,7 +184,8 @@ class Bank(Fold):
             for part in module.vectors:
                 state = self.space.sites[part.site]
                 # Rounded once, because what is shown is the bank and the window's update in one number.
-                module.vector()[part.local] = part.of(self.stacks[part.site].b * state.keep + state.update)
+                kept = self.stacks[part.site].b.to(state.update.device) * state.keep
+                module.vector()[part.local] = part.of(kept + state.update)
         if isinstance(module, TunedVector) or module.bank is None or not (self._moved or module.decays):
             return
         for index, part in enumerate(module.parts):
