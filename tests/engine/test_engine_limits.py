@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,21 @@ def tokens(count: int) -> tuple[int, ...]:
 def start(model: Any, folder: Path, work: Work) -> EngineRuntime:
     options = RuntimeConfig(type="vllm")
     return EngineRuntime.start(write(model, folder), model, METHOD, seed=0, options=options, work=work)
+
+
+def test_nothing_of_an_engine_is_left_once_it_is_closed(tmp_path: Path) -> None:
+    model = tiny.model("llama", head_size=HEAD_SIZE)
+    runtime = start(model, tmp_path / "model", Work(step_tokens=64, longest=tiny.CONTEXT, largest=48))
+    ours = weakref.ref(runtime.llm.llm_engine.model_executor.driver_worker.worker)
+    theirs = weakref.ref(ours().model_runner.get_model())
+    # A GPU's memory does not wait for Python to look for cycles.
+    gc.disable()
+    try:
+        runtime.close()
+        assert ours() is None
+        assert theirs() is None
+    finally:
+        gc.enable()
 
 
 def test_a_row_whose_logits_fill_a_forward_is_scored_alone(tmp_path: Path) -> None:

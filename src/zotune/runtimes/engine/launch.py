@@ -113,6 +113,8 @@ def start(
 def stop(llm: Any) -> None:
     """Shut an engine down: its processes end, and this process may start another one."""
     llm.llm_engine.engine_core.shutdown()
+    # Else the worker in there would keep the model, and what a GPU holds of it, until Python next looks for cycles.
+    del llm.llm_engine
     _clean()
 
 
