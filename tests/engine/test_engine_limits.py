@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, SmolLM3Config
 from zotune.config import RuntimeConfig
 from zotune.errors import ModelError
 from zotune.optimizer import Method
-from zotune.protocol import CLEAN
+from zotune.protocol import CLEAN, DirectionKey, Probe, Update
 from zotune.rows import Candidate, Row
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine import handshake
@@ -103,6 +103,25 @@ def test_plain_vllm_is_no_replay_of_a_graph_that_zotune_s_layers_were_captured_i
     runtime.close()
     assert replays.count(False) == 1
     assert replays[-2:] == [False, True]
+
+
+def test_layers_that_workers_do_not_share_are_tuned(tmp_path: Path) -> None:
+    config = tiny.config("opt", HEAD_SIZE)
+    # As in OPT-350m, whose embeddings are narrower than its layers, which two more matrices make up for.
+    config.update({"word_embed_proj_dim": 64})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = [Row(tokens(8), (Candidate(tokens(length), tuple(range(length))),)) for length in (1, 4)]
+    key = DirectionKey(0, 0, 0)
+    probes, update = [CLEAN, Probe(key, 1, METHOD.eps)], Update(0, 0, ((key, 1.0),), 1e-2, True)
+    runtime = start(model, tmp_path / "model", Work(step_tokens=64, longest=tiny.CONTEXT, largest=48))
+    found = [runtime.score(probes, rows)]
+    runtime.apply(update)
+    found.append(runtime.score([CLEAN], rows))
+    runtime.close()
+    embedded = EmbeddedRuntime(model, METHOD)
+    np.testing.assert_allclose(found[0], embedded.score(probes, rows), rtol=1e-4)
+    embedded.apply(update)
+    np.testing.assert_allclose(found[1], embedded.score([CLEAN], rows), rtol=1e-4)
 
 
 def test_a_model_that_vllm_leaves_to_transformers_is_refused(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ _ALWAYS = (
     Need("vllm.entrypoints.llm", "LLM", ("llm_engine", "generate", "collective_rpc")),
     Need("vllm.v1.engine.llm_engine", "LLMEngine", ("engine_core",)),
     Need("vllm.v1.engine.core_client", "EngineCoreClient", ("shutdown",)),
-    Need(f"{_LAYERS}.linear", "LinearBase", ("quant_method", "output_size", "tp_rank", "tp_size")),
+    Need(f"{_LAYERS}.linear", "LinearBase", ("quant_method", "output_size", "input_size", "tp_rank", "tp_size")),
     Need(f"{_LAYERS}.linear", "ColumnParallelLinear", ("input_size_per_partition", "output_size_per_partition")),
     Need(f"{_LAYERS}.linear", "RowParallelLinear", ("input_size_per_partition", "output_size_per_partition")),
     Need(f"{_LAYERS}.linear", "MergedColumnParallelLinear", ("output_sizes",)),

@@ -34,7 +34,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.runtimes.engine import slots
-from zotune.runtimes.engine.layers import Head, Place
+from zotune.runtimes.engine.layers import Head, LinearLayer, Place
 from zotune.runtimes.engine.lifeline import follow
 from zotune.runtimes.engine.tokenwise import Part
 from zotune.runtimes.engine.tuner import Tuner
@@ -181,16 +181,16 @@ class Engine:
         stored: Tensor = getattr(place.module, place.parameter).data
         if place.kind != "linear" or place.parameter == "bias":
             return stored
-        base = place.module.quant_method.base
         # What was packed is read back exactly: every element is once one and otherwise zero times something.
-        return stored if stored.numel() else _read_back(base, place.module, self.dtype)
+        return stored if stored.numel() else _read_back(place.module.quant_method, self.dtype)
 
     def sample(self, place: Place, column: int | None) -> Tensor:
         """A column of a matrix, as the layer multiplies by it, or a vector; ``(rows,)``."""
         if place.kind == "linear" and column is not None:
-            unit = torch.zeros(1, place.module.input_size_per_partition, dtype=self.dtype, device=self.device)
+            layer: LinearLayer = place.module.quant_method
+            unit = torch.zeros(1, layer.shape[1], dtype=self.dtype, device=self.device)
             unit[0, column] = 1.0
-            found: Tensor = place.module.quant_method.base.apply(place.module, unit, None)[0]
+            found: Tensor = layer.base.apply(layer.module, unit, None)[0]
             return found
         stored: Tensor = getattr(place.module, place.parameter).data
         return stored if column is None else stored[:, column]
@@ -268,10 +268,9 @@ def _without_adapters(module: nn.Module) -> Any:
     return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
 
 
-def _read_back(base: Any, module: Any, dtype: torch.dtype) -> Tensor:
-    width = module.input_size_per_partition
-    columns = [base.apply(module, part, None) for part in torch.eye(width, dtype=dtype).split(_ROWS_AT_ONCE)]
-    return torch.cat(columns).T.contiguous()
+def _read_back(layer: LinearLayer, dtype: torch.dtype) -> Tensor:
+    parts = torch.eye(layer.shape[1], dtype=dtype).split(_ROWS_AT_ONCE)
+    return torch.cat([layer.base.apply(layer.module, part, None) for part in parts]).T.contiguous()
 
 
 def _place(modules: dict[str, nn.Module], fused: dict[str, list[str]], site: Site) -> Place | None:

@@ -77,21 +77,30 @@ class Layer(ABC):
 
 
 class LinearLayer(Layer):
-    """A linear layer, wrapped at its ``quant_method``: stands for it, and passes on all but ``apply``."""
+    """A linear layer, wrapped at its ``quant_method``: stands for it, and passes on all but ``apply``.
+
+    Attributes:
+        shape: ``(out, in)`` of the weight that is here; a layer without shards has all of it.
+        weight: What it is tuned by.
+    """
 
     weight: TunedMatrix
 
     def __init__(self, path: str, module: Any) -> None:
         super().__init__(path, module)
         self.base = module.quant_method
+        out, width = (
+            getattr(module, f"{name}_per_partition", None) or getattr(module, name)
+            for name in ("output_size", "input_size")
+        )
+        self.shape = int(out), int(width)
         self.key = _LAYERS.add(self)
 
     def tune(self, weights: Sequence[Part], biases: Sequence[Part], rank: int, mix: TokenMix) -> None:
         """See `Layer.tune`."""
         if not weights or getattr(self.module, "skip_bias_add", False):
             self._refuse(biases)
-        shape = self.module.output_size_per_partition, self.module.input_size_per_partition
-        self.weight = TunedMatrix(weights, shape, rank, mix, biases)
+        self.weight = TunedMatrix(weights, self.shape, rank, mix, biases)
         self.tuned = [self.weight]
 
     def __getattr__(self, name: str) -> Any:
@@ -104,7 +113,7 @@ class LinearLayer(Layer):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W_n^T + bias`` of every token n; ``x`` is ``(tokens, in)``."""
         if torch.compiler.is_compiling():
-            return torch.ops.zotune.linear(x, bias, self.key, self.module.output_size_per_partition)
+            return torch.ops.zotune.linear(x, bias, self.key, self.shape[0])
         return self.run(x, bias)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
