@@ -124,10 +124,11 @@ _CUDA = (
     Need(
         f"{_WORKER}.gpu.model_runner",
         "GPUModelRunner",
-        _RUNNER,
+        (*_RUNNER, "req_states"),
         (("execute_model", ("scheduler_output", "is_profile")),),
     ),
     Need(f"{_WORKER}.gpu.model_runner", "ExecuteModelState", ("hidden_states", "input_batch")),
+    Need(f"{_WORKER}.gpu.states", "RequestState", ("req_id_to_index",)),
     Need(f"{_WORKER}.gpu.input_batch", "InputBatch", ("req_ids",)),
 )
 

@@ -153,11 +153,13 @@ class Engine:
         ids = [f"zotune-{call}-{i}" for i in range(len(sequences))]
         free = itertools.count(1)
         new = [
-            _request(name, tokens, tuple(_take(free, -(-len(tokens) // size)) for size in self.blocks))
+            _request(name, tokens, tuple([next(free) for _ in range(0, len(tokens), size)] for size in self.blocks))
             for name, tokens in zip(ids, sequences, strict=True)
         ]
+        # Requests that a generation has ended with hold places of the newer runner until vLLM's next batch.
+        left = set(runner.req_states.req_id_to_index) if hasattr(runner, "req_states") else set()
         with _without_logits(self.model):
-            runner.execute_model(_schedule(new, set(), len(self.blocks)), **({} if replay else self._without_graphs))
+            runner.execute_model(_schedule(new, left, len(self.blocks)), **({} if replay else self._without_graphs))
         state, runner.execute_model_state = runner.execute_model_state, None
         order = (getattr(state, "input_batch", None) or runner.input_batch).req_ids
         if list(order)[: len(ids)] != ids:
@@ -374,10 +376,6 @@ def _schedule(new: Sequence[NewRequestData], finished: set[str], groups: int) ->
         "free_encoder_mm_hashes": [],
     }
     return SchedulerOutput(**{name: value for name, value in values.items() if name in known})
-
-
-def _take(numbers: Iterator[int], count: int) -> list[int]:
-    return list(itertools.islice(numbers, count))
 
 
 def _head_given_to(processor: Any, model: Any) -> Any:
