@@ -54,7 +54,7 @@ def test_a_worker_gets_the_sites_of_the_run() -> None:
     second = replace(SITES[1], name="model.layers.1.mlp.down_proj.weight", decays=False, turn=(1, 2))
     plain = json.loads(json.dumps(settings((*SITES, second))))
     assert tuple(map(worker_settings.site, plain["sites"])) == (*SITES, second)
-    assert memory.factor_bytes(plain, 4, packs=False) > 0
+    assert memory.factor_bytes(plain, 4, shards=1, host=False) > 0
 
 
 def test_a_started_engine_leaves_the_process_as_it_was(
@@ -150,6 +150,20 @@ def test_the_cache_grows_by_heads_and_is_shared_by_workers() -> None:
     assert whole == 3 * (2 * 32 * 2 * 32 * 2) * (10 + 5 + 2 + 2)
     assert memory.cache_bytes(config, 2, shards=2, **shape) == whole // 2
     assert memory.cache_bytes(config, 2, shards=4, **shape) == whole // 2
+
+
+def test_copies_on_the_host_take_nothing_of_a_gpu_and_factors_are_whole_on_every_worker() -> None:
+    site = Site("layer.weight", (1000, 500))
+    plain = settings((site,))
+    master = plain | {"fold": "master"}
+    on_gpu, on_host = ({"host": host, "shards": 1} for host in (False, True))
+    assert memory.factor_bytes(master, 2, **on_gpu) == memory.factor_bytes(plain, 2, **on_gpu)
+    copies = memory.factor_bytes(master, 2, **on_host) - memory.factor_bytes(plain, 2, **on_host)
+    assert copies == 4 * 1000 * 500
+    # The update and a direction of rank 2 in float32, and V; the layer's own factors are what workers share.
+    whole = 4 * 2 * (1000 + 1000 + 500)
+    assert memory.factor_bytes(plain, 2, shards=8, host=False) > whole
+    assert memory.factor_bytes(plain, 2, shards=8, host=False) < memory.factor_bytes(plain, 2, **on_gpu)
 
 
 def test_a_container_s_limit_counts_less_what_it_may_forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,11 +191,11 @@ def _demand(
     settings: Mapping[str, Any], dtype: str, weights: int, cache: int, workers: int, cuda: bool
 ) -> memory.Demand:
     """What the busiest GPU holds, or on a CPU all workers together."""
-    factors = memory.factor_bytes(settings, getattr(torch, dtype).itemsize, packs=not cuda)
+    factors = memory.factor_bytes(settings, getattr(torch, dtype).itemsize, shards=workers, host=not cuda)
     return (
-        memory.Demand(weights // workers, factors // workers, cache)
+        memory.Demand(weights // workers, factors, cache)
         if cuda
-        else memory.Demand(weights, factors, cache * workers)
+        else memory.Demand(weights, factors * workers, cache * workers)
     )
 
 

@@ -77,13 +77,15 @@ def padded_layers(config: Any) -> int:
     return sum(-(-count // size) * size for count in kinds.values())
 
 
-def factor_bytes(settings: Mapping[str, Any], itemsize: int, *, packs: bool) -> int:
-    """Bytes of everything that a worker keeps for the sites, if it has all of them whole.
+def factor_bytes(settings: Mapping[str, Any], itemsize: int, *, shards: int, host: bool) -> int:
+    """Bytes of what one worker keeps for the sites where its model is.
 
     Args:
         settings: What `zotune.runtimes.engine.worker_settings.pack` wrote.
         itemsize: Bytes of an element of the model's dtype.
-        packs: Whether the engine keeps weights in another form, so that folding needs them in plain form beside it.
+        shards: Workers that share every layer.
+        host: Whether the model is on the host: float32 copies are there, and weights in plain form beside those that
+            the engine has packed for the processor.
     """
     method = settings["method"]
     rank, columns = method["rank"], 1 + method["directions"]
@@ -91,13 +93,12 @@ def factor_bytes(settings: Mapping[str, Any], itemsize: int, *, packs: bool) -> 
     for _, shape, *_ in settings["sites"]:
         out, width = (*shape, 1)[:2]
         vectors = out if len(shape) == 1 else rank * out
-        # float32: the update, every direction drawn and V; in the model's dtype: what the layers multiply by, with a V
-        # for every column.
-        total += 4 * (columns + (method["momentum"] > 0)) * vectors + itemsize * columns * vectors
+        # float32, and whole on every worker: the update, every direction drawn and V. In the model's dtype: what the
+        # layers that are here multiply by, with a V for every column.
+        total += 4 * (columns + (method["momentum"] > 0)) * vectors + itemsize * columns * vectors // shards
         if len(shape) == 2:
             total += (4 + itemsize * columns) * rank * width
-            total += itemsize * out * width * packs
-            total += 4 * out * width * (settings["fold"] == "master")
+            total += host * (itemsize + 4 * (settings["fold"] == "master")) * out * width // shards
     return total
 
 
