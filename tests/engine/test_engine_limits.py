@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from engines import HEAD_SIZE
 from tiny_checkpoint import write
-from transformers import AutoModelForCausalLM, SmolLM3Config
+from transformers import AutoModelForCausalLM, DeepseekV2Config, SmolLM3Config
 
 from zotune.config import RuntimeConfig
 from zotune.errors import ModelError
@@ -122,6 +122,29 @@ def test_layers_that_workers_do_not_share_are_tuned(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[0], embedded.score(probes, rows), rtol=1e-4)
     embedded.apply(update)
     np.testing.assert_allclose(found[1], embedded.score([CLEAN], rows), rtol=1e-4)
+
+
+def test_an_attention_that_multiplies_past_a_layer_is_refused(tmp_path: Path) -> None:
+    config = DeepseekV2Config(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=32,
+        # All that vLLM's kernel on a CPU takes.
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        max_position_embeddings=tiny.CONTEXT,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    work = Work(step_tokens=64, longest=tiny.CONTEXT, largest=48)
+    with pytest.raises(ModelError, match=r"2 of 16 sites have no place that zotune knows, among them.*kv_b_proj"):
+        start(model, tmp_path / "model", work)
 
 
 def test_a_model_that_vllm_leaves_to_transformers_is_refused(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ _ALWAYS = (
         "UnquantizedLinearMethod",
         calls=(("apply", ("layer", "x", "bias")), ("process_weights_after_loading", ("layer",))),
     ),
+    Need(f"{_LAYERS}.attention.mla_attention", "MLAAttention", ("kv_b_proj",)),
     Need(f"{_LAYERS}.vocab_parallel_embedding", "VocabParallelEmbedding", ("shard_indices", "quant_method")),
     Need(
         f"{_LAYERS}.vocab_parallel_embedding",

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -111,6 +112,9 @@ class Engine:
             )
         modules = {path: _without_adapters(module) for path, module in self.model.named_modules()}
         fused = getattr(self.model, "packed_modules_mapping", None) or {}
+        # Such an attention multiplies by parts of this layer's weight itself, past the layer and what wraps it.
+        passed = [each.kv_b_proj for each in self.model.modules() if isinstance(each, MLAAttention)]
+        modules = {path: each for path, each in modules.items() if all(each is not other for other in passed)}
         places = [_place(modules, fused, site) for site in sites]
         lost = [site.name for site, place in zip(sites, places, strict=True) if place is None]
         if lost:
@@ -311,9 +315,10 @@ def _found(path: str, module: nn.Module, parameter: str, site: Site, shard: int 
 
 def _output_rows(module: LinearBase, shard: int | None) -> tuple[slice, slice | Tensor]:
     """Rows of a module's own weight, and of the site's, that a shard of a fused layer or a whole layer has here."""
-    if not isinstance(module, ColumnParallelLinear) or (module.tp_size == 1 and not _is_fused(module)):
+    if not isinstance(module, ColumnParallelLinear):
         return slice(0, module.output_size), slice(0, module.output_size)
     local, rows = _pieces(module)
+    shard = 0 if len(rows) == 1 else shard
     if shard is not None:
         at = sum(part.stop - part.start for part in rows[:shard])
         return slice(at, at + rows[shard].stop - rows[shard].start), rows[shard]
@@ -322,10 +327,6 @@ def _output_rows(module: LinearBase, shard: int | None) -> tuple[slice, slice | 
     index = [torch.arange(piece.start, piece.stop) + start for piece, start in zip(rows, starts, strict=False)]
     together = torch.cat(index)
     return slice(0, len(together)), together
-
-
-def _is_fused(module: LinearBase) -> bool:
-    return isinstance(module, QKVParallelLinear | MergedColumnParallelLinear)
 
 
 def _pieces(module: Any) -> tuple[list[int], list[slice]]:
