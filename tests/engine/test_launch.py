@@ -91,6 +91,20 @@ def test_a_context_longer_than_the_model_s_is_refused_with_its_reason(checkpoint
     assert "For further information" not in str(caught.value)
 
 
+def test_a_gpu_that_others_use_is_no_fault_of_the_model_s(
+    checkpoint: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise ValueError(
+            "Free memory on device cuda:0 (60.0/80.0 GiB) on startup is less than desired GPU memory utilization (0.9, "
+            "72.0 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+        )
+
+    monkeypatch.setattr("vllm.LLM", refuse)
+    with pytest.raises(ModelError, match=r"60\.0/80\.0.* Lower runtime\.vllm\.memory_fraction"):
+        begin(checkpoint)
+
+
 def test_an_architecture_that_vllm_does_not_have_is_named(checkpoint: ModelConfig, tmp_path: Path) -> None:
     for each in Path(checkpoint.path).glob("token*"):
         (tmp_path / each.name).symlink_to(each)

@@ -144,6 +144,9 @@ def _load(path: str, arguments: dict[str, Any], processes: dict[str, str]) -> An
             way = "Use another model, or runtime.type = 'torch'"
             if "does not support LoRA" in why:
                 way = "Set runtime.vllm.adapters = 'none'"
+            elif "GPU memory utilization" in why:
+                # It wants all of its share to be free, however little of it the model takes.
+                way = "Lower runtime.vllm.memory_fraction, or free some of the GPU's memory"
             raise ModelError(
                 f"vLLM {gate.version()} cannot load the model {path!r}: {why}. {way}; {_LEVEL}=INFO shows what vLLM "
                 "does."
