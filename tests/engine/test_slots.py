@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
 from engines import HEAD_SIZE, engines
 
+from zotune.config import EngineConfig, RuntimeConfig
 from zotune.errors import ConfigError
+from zotune.layout import Layout
 from zotune.optimizer import Method
 from zotune.protocol import CLEAN, DirectionKey, Probe, Update
 from zotune.rows import Candidate, Row
 from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.engine import slots, worker_settings
 from zotune.runtimes.engine.slots import COUNT
 from zotune.testing import tiny
 
@@ -127,10 +131,9 @@ def test_all_states_answer_in_one_batch(pair: Pair) -> None:
 
 
 def test_a_rewritten_slot_never_answers_from_what_is_cached(pair: Pair) -> None:
-    slots = pair.engine.slots
-    slots.write(1, pair.probe(index=1))
+    pair.engine.slots.write(1, pair.probe(index=1))
     for probe in (pair.probe(), pair.probe(sign=-1), CLEAN, pair.probe()):
-        slots.write(0, probe)
+        pair.engine.slots.write(0, probe)
         assert pair.answers([0]) == [pair.expected(probe)]
     assert pair.answers([1]) == [pair.expected(pair.probe(index=1))]
 
@@ -189,6 +192,16 @@ def test_slots_that_are_not_there(pair: Pair) -> None:
         pair.engine.slots.write(COUNT, CLEAN)
     with pytest.raises(ValueError, match="no slot -1"):
         pair.answers([-1])
+
+
+def test_a_gpu_s_slots_take_16_bits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = RuntimeConfig(type="vllm", vllm=EngineConfig(adapters="lora"))
+    settings = worker_settings.pack(Method(scope="linear"), Layout(()), 0, wanted)
+    assert slots.options(settings, torch.float32)["enable_lora"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert slots.options(settings, torch.bfloat16)["enable_lora"]
+    with pytest.raises(ConfigError, match=r"no model in float32 on a GPU.*model\.dtype = 'bfloat16'"):
+        slots.options(settings, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ class EngineRuntime:
             batch_tokens=work.step_tokens,
             threads=options.threads,
             memory_fraction=options.vllm.memory_fraction,
-            **slots.options(settings),
+            **slots.options(settings, model.dtype),
         )
         llm, processes = Lifeline.around(start)
         embedded = partial(twin, config, method, seed=seed, fold=options.fold)

@@ -14,6 +14,8 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from zotune.errors import ConfigError
 from zotune.protocol import CLEAN, Probe
 from zotune.runtimes import wire
@@ -39,14 +41,15 @@ def served_rank(rank: int) -> int:
     return next((each for each in RANKS if each >= rank), rank)
 
 
-def options(settings: Mapping[str, Any]) -> dict[str, Any]:
+def options(settings: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of vLLM's ``LLM`` for the slots that a worker's settings ask for; empty where they ask for none.
 
     Args:
         settings: What `zotune.runtimes.engine.worker_settings.pack` wrote.
+        dtype: The model's.
 
     Raises:
-        ConfigError: Slots cannot hold the method's directions.
+        ConfigError: Slots cannot hold the method's directions, or vLLM cannot multiply by them here.
     """
     if settings["adapters"] == "none":
         return {}
@@ -55,6 +58,11 @@ def options(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"runtime.vllm.adapters = 'lora' takes method.scope = 'linear', got {scope!r}: vLLM's adapter slots hold "
             "linear layers alone, no output head, embeddings or norms. Set runtime.vllm.adapters = 'none' to keep it."
+        )
+    if dtype == torch.float32 and torch.cuda.is_available():
+        raise ConfigError(
+            "runtime.vllm.adapters = 'lora' takes no model in float32 on a GPU, where vLLM multiplies by adapters in "
+            "16 bits alone. Set model.dtype = 'bfloat16', or runtime.vllm.adapters = 'none'."
         )
     if rank > RANKS[-1]:
         raise ConfigError(f"runtime.vllm.adapters = 'lora' takes a method.rank of at most {RANKS[-1]}, got {rank}")
