@@ -114,7 +114,7 @@ def render(facts: Facts, kind: str, *, dtype: str, notes: Sequence[str] = ()) ->
     what = "A PEFT adapter for" if kind == "peft" else "A fine-tune of"
     load = _LOAD_ADAPTER if kind == "peft" else _LOAD_MERGED
     load = load.replace("BASE", facts.base if facts.hub else "BASE").replace("DTYPE", dtype)
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(facts, dtype) if value)
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _rows(facts, dtype) if value)
     parts = [
         f"---\n{front.to_yaml().strip()}\n---",
         f"# {Path(facts.base).name}, tuned with {facts.preset}",
@@ -166,9 +166,22 @@ def _data(data: DataConfig) -> str:
 
 def _command(words: Any) -> str:
     """A command line, absolute paths in it by their names alone."""
-    if not isinstance(words, list):
-        return ""
-    return shlex.join(Path(str(word)).name if Path(str(word)).is_absolute() else str(word) for word in words)
+    return shlex.join(_nameless(str(word)) for word in words) if isinstance(words, list) else ""
+
+
+def _nameless(word: str) -> str:
+    """A word of a command line; of one that is an absolute path, or sets something to one, without its folders."""
+    for start in (0, word.find("=") + 1):
+        # Such as output="/runs/first", quoted as in the file.
+        path = Path(word[start:].strip(" \"'"))
+        if path.is_absolute():
+            return word[:start] + path.name
+    return word
+
+
+def _cell(value: str) -> str:
+    """A text as a cell of a table, which is one line and ends at the next bar."""
+    return " ".join(value.splitlines()).replace("|", "\\|")
 
 
 def _license(folder: Path) -> str | None:
