@@ -59,6 +59,12 @@ def test_what_did_not_move_has_rank_zero() -> None:
     assert (truncation.rank, truncation.error, truncation.worst) == (1, 0.0, None)
 
 
+def test_what_nothing_was_added_to_has_rank_zero() -> None:
+    spectrum = Change(SITE.shape).decompose(torch.randn(9, 6))
+    assert (spectrum.rank, spectrum.norm) == (0, 0.0)
+    assert not torch.cat(spectrum.factors(2)).any()
+
+
 def test_the_sufficient_rank_suffices_and_one_less_does_not() -> None:
     spectrum = Spectrum.of(torch.randn(30, 20, dtype=torch.float64))
     rank = spectrum.sufficient(0.3)

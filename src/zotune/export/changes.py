@@ -51,7 +51,7 @@ class Change:
 
     def decompose(self, weight: Tensor) -> Spectrum:
         """Singular values and vectors of the change of a matrix whose base weight is ``weight`` ``(out, in)``."""
-        if self._dense is None and self.keep == 1.0:
+        if self._factors and self.keep == 1.0:
             return Spectrum.of_product(*(torch.cat(side, 1).double() for side in zip(*self._factors, strict=True)))
         dense = self._as_dense().double()
         return Spectrum.of(dense.add_(weight, alpha=self.keep - 1.0) if self.keep != 1.0 else dense)
