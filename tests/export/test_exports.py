@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 
 from zotune import checkpoint
 from zotune.errors import ConfigError
-from zotune.export import apply_journal, export_run
+from zotune.export import apply_journal, export_run, journal_file
+from zotune.export.recipe import Recipe
 from zotune.run import RunDirectory
 
 pytestmark = [
@@ -205,6 +207,15 @@ def test_a_journal_file_is_small_and_always_the_same(tmp_path: Path) -> None:
     export_run(run.path, tmp_path / "b", "journal")
     assert first.bytes == (tmp_path / "a").stat().st_size < 2000
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_journal_file_has_the_steps_that_it_tells_of_though_the_run_goes_on(tmp_path: Path) -> None:
+    run = made_runs.make(tmp_path, "llama", "lozo", **WINDOWS)
+    recipe = Recipe.of_run(run.path)
+    known = recipe.journal.path.read_bytes()
+    recipe.journal.path.write_bytes(known + known.splitlines(keepends=True)[-1] + b'{"step": 8, "loss')
+    journal_file.write(recipe, tmp_path / "run.zotune")
+    assert gzip.decompress((tmp_path / "run.zotune").read_bytes()).partition(b"\n")[2] == known
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
