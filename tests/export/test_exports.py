@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from zotune import checkpoint
 from zotune.errors import ConfigError
-from zotune.export import apply_journal, export_run, journal_file
+from zotune.export import apply_journal, drafts, export_run, journal_file
 from zotune.export.recipe import Recipe
 from zotune.run import RunDirectory
 
@@ -216,6 +216,13 @@ def test_a_journal_file_has_the_steps_that_it_tells_of_though_the_run_goes_on(tm
     recipe.journal.path.write_bytes(known + known.splitlines(keepends=True)[-1] + b'{"step": 8, "loss')
     journal_file.write(recipe, tmp_path / "run.zotune")
     assert gzip.decompress((tmp_path / "run.zotune").read_bytes()).partition(b"\n")[2] == known
+
+
+def test_a_size_is_that_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "chat").write_bytes(b"12345")
+    (tmp_path / "model").write_bytes(b"123")
+    assert (drafts.size(tmp_path / "model"), drafts.size(tmp_path)) == (3, 8)
 
 
 def assert_same_weights(a: Path, b: Path) -> None:

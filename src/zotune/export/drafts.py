@@ -58,4 +58,5 @@ def drafted(out: StrPath, *, folder: bool) -> Iterator[Path]:
 
 def size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
-    return path.stat().st_size if path.is_file() else sum(each.stat().st_size for each in path.rglob("*"))
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(each.stat().st_size for each in files if each.is_file())
