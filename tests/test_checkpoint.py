@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -209,6 +210,20 @@ def test_what_an_interrupted_save_leaves_is_ignored_and_replaced(folder: Path) -
     assert_newest_is(folder, 9)
     assert not half.exists()
     assert not (folder / "step-00000009" / "leftover").exists()
+
+
+def test_all_of_it_is_on_disk_before_it_has_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, events = os.replace, []
+
+    def named(draft: Path, target: Path) -> None:
+        events.append(f"{draft.name} becomes {target.name}")
+        replace(draft, target)
+
+    monkeypatch.setattr(os, "replace", named)
+    monkeypatch.setattr(checkpoint, "sync", lambda path: events.append(path.name))
+    save(folder, 3)
+    draft = ".step-00000003.part"
+    assert events == ["state.safetensors", "checkpoint.json", draft, f"{draft} becomes step-00000003", "checkpoints"]
 
 
 def test_a_save_that_fails_leaves_the_last_one(folder: Path) -> None:

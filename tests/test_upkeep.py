@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import zotune
 from zotune import checkpoint, journal
 from zotune.config import Config
 from zotune.errors import CallbackError, StopRun
+from zotune.journal import Journal
 from zotune.reporters import Record, SilentReporter
 from zotune.run import RunDirectory
 
@@ -84,6 +86,20 @@ def test_a_run_is_evaluated_when_the_minutes_are_over(configure: Configure) -> N
     assert [record["step"] for record in seen.evaluations] == [0, 8]
 
 
+def test_the_minutes_count_from_the_last_evaluation(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Slow(Recorder):
+        def step(self, record: Record) -> None:
+            super().step(record)
+            now[0] += 20.0
+
+    seen = Slow()
+    zotune.start(configure(train={"steps": 8, "eval_minutes": 1.0}), seen)
+    assert [record["step"] for record in seen.evaluations] == [0, 3, 6, 8]
+
+
 def test_the_last_ones_and_the_best_are_kept(configure: Configure, tmp_path: Path) -> None:
     train = {"steps": 30, "checkpoint_every": 1, "eval_every": 3, "keep_checkpoints": 2}
     summary = zotune.start(configure(train=train), Recorder())
@@ -91,6 +107,24 @@ def test_the_last_ones_and_the_best_are_kept(configure: Configure, tmp_path: Pat
     assert summary.best is not None
     best = {f"step-{summary.best:08d}"} if summary.best else set()
     assert set(kept) == {"step-00000029", "step-00000030"} | best
+
+
+def test_the_journal_is_on_disk_before_a_checkpoint(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, save, events = Journal.sync, checkpoint.save, []
+
+    def synced(journal: Journal) -> None:
+        events.append("journal")
+        sync(journal)
+
+    def saved(*args: Any, **values: Any) -> Path:
+        events.append("checkpoint")
+        return save(*args, **values)
+
+    monkeypatch.setattr(Journal, "sync", synced)
+    monkeypatch.setattr(checkpoint, "save", saved)
+    zotune.start(configure(train={"steps": 4, "checkpoint_every": 2}), Recorder())
+    assert events.count("checkpoint") == 2
+    assert all(events[at - 1] == "journal" for at, event in enumerate(events) if event == "checkpoint")
 
 
 class Stops(Recorder):

@@ -47,7 +47,10 @@ def test_the_rank_is_that_of_the_numbers_and_not_of_the_columns() -> None:
     change = Change((50, 40))
     for scale in (1.0, -0.5, 2.0):
         change.add_product(scale * left, right)
-    assert change.decompose(torch.zeros(50, 40)).rank == 2
+    spectrum = change.decompose(torch.zeros(50, 40))
+    assert spectrum.rank == 2
+    made, expected = (spectrum.left * spectrum.values) @ spectrum.right.T, 2.5 * left.double() @ right.double().T
+    torch.testing.assert_close(made, expected, atol=1e-12, rtol=0)
 
 
 def test_what_did_not_move_has_rank_zero() -> None:
@@ -71,11 +74,13 @@ def test_the_sufficient_rank_suffices_and_one_less_does_not() -> None:
     assert spectrum.error(rank) <= 0.3 * spectrum.norm < spectrum.error(rank - 1)
 
 
-def test_truncation_keeps_account_of_all_sites() -> None:
-    near, far = (torch.diag(torch.tensor([3.0, small], dtype=torch.float64)) for small in (0.03, 0.3))
+@pytest.mark.parametrize("order", [("near", "far"), ("far", "near")])
+def test_truncation_keeps_account_of_all_sites(order: tuple[str, str]) -> None:
+    # The one that is nearer, for its size, loses more.
+    near, far = (torch.diag(torch.tensor(values, dtype=torch.float64)) for values in ([300.0, 3.0], [3.0, 0.3]))
     truncation = Truncation(1, 0.2)
-    for name, matrix in (("near", near), ("far", far)):
-        truncation.cut(Site(name, (2, 2)), Spectrum.of(matrix))
+    for name in order:
+        truncation.cut(Site(name, (2, 2)), Spectrum.of({"near": near, "far": far}[name]))
     assert truncation.worst is not None
     assert truncation.worst[0] == "far"
     assert truncation.worst[1] == pytest.approx(0.3 / float(far.norm()))

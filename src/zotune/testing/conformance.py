@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {
     "decay": Method(weight_decay=2.0, eps=1e-2, lr=1e-2, interval=3),
     "dense": Method(family="dense", eps=1e-2, lr=1e-3, weight_decay=2.0),
     "dense-linear": Method(family="dense", scope="linear", eps=1e-2, lr=1e-3),
-    "dense-last-layers": Method(family="dense", scope="last-layers", eps=1e-2, lr=1e-3),
+    "dense-last-layers": Method(family="dense", scope="last-layers", eps=1e-2, lr=1e-3, weight_decay=2.0),
     "lora": Method(family="dense", eps=0.2, lr=1e-2, lora_rank=4),
 }
 """Methods that between them use everything a runtime must know of a method, with steps large enough to be seen."""
