@@ -10,7 +10,6 @@ import made_runs
 import pytest
 from huggingface_hub import metadata_load
 
-from zotune.evaluate import Metrics
 from zotune.export import apply_journal, export_run
 from zotune.export.card import Facts, render
 from zotune.export.recipe import Recipe
@@ -20,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def facts(folder: Path) -> Facts:
-    """Of a run with two evaluations, on a base model whose card has a license."""
+    """Of a run with three evaluations and one of a step that is lost, on a base model whose card has a license."""
     made = made_runs.make(folder, "llama", "lozo", scope="linear", lr=1e-3)
     (made.base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     run = RunDirectory(made.path)
-    for step, metrics in ((0, Metrics(1.5, 0.5, 24)), (3, Metrics(1.2, 0.6, 24)), (7, Metrics(1.0, 0.75, 24))):
-        record = {"kind": "eval", "step": step, "loss": metrics.loss, "accuracy": metrics.accuracy, "examples": 24}
+    for step, loss, accuracy in ((0, 1.5, 0.5), (3, 1.2, 0.6), (7, 1.0, 0.75), (9, 0.5, 1.0)):
+        record = {"kind": "eval", "step": step, "loss": loss, "accuracy": accuracy, "examples": 24}
         run.add_metrics({**record, "seconds": 0.5})
     manifest = json.loads((run.path / "manifest.json").read_text())
     manifest["command"] = ["/opt/bin/zotune", "run", "my config.toml", "/home/someone/x"]
@@ -48,7 +47,7 @@ def test_a_card_has_data_method_steps_metrics_and_command(tmp_path: Path) -> Non
         "AutoModelForCausalLM.from_pretrained",
     ):
         assert expected in text
-    assert "after 3 steps" not in text
+    assert text.count("| after ") == 2
     assert str(tmp_path) not in text
     assert "lora" not in text
 

@@ -74,7 +74,8 @@ class Facts:
         """What a run directory says."""
         folder = Path(config.model.path)
         local = folder.is_absolute() or folder.is_dir()
-        known = dict(sorted(run.evaluations().items()))
+        # After a power cut there may be evaluations of steps that the journal has lost.
+        known = dict(sorted(run.evaluations(upto=len(journal.entries)).items()))
         manifest = run.read_manifest()
         return cls(
             base=folder.name if local else config.model.path,
