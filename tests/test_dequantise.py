@@ -26,6 +26,15 @@ def test_the_checkpoint_computes_what_the_packed_model_did(converted: Path) -> N
         torch.testing.assert_close(got(tokens).logits, tiny_gguf.model()(tokens).logits)
 
 
+def test_a_head_of_its_own_stays_one(tmp_path: Path) -> None:
+    source = tiny_gguf.model(tied=False)
+    tiny_gguf.write(tmp_path / "tiny.gguf", source)
+    convert(tmp_path / "tiny.gguf", tmp_path)
+    got = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not got.config.tie_word_embeddings
+    assert torch.equal(got.lm_head.weight.float(), source.lm_head.weight)
+
+
 def test_the_checkpoint_is_an_ordinary_tied_bfloat16_one(converted: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert model.dtype == torch.bfloat16

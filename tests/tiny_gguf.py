@@ -12,8 +12,8 @@ TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ġ", *LETTERS, "Ġg", 
 MERGES = ["Ġ g", "r e", "a t", "Ġg re", "Ġgre at"]
 
 
-def model(seed: int = 0) -> LlamaForCausalLM:
-    """Four heads on two key-value heads, tied, with weights that bfloat16 holds exactly."""
+def model(seed: int = 0, *, tied: bool = True) -> LlamaForCausalLM:
+    """Four heads on two key-value heads, with weights that bfloat16 holds exactly."""
     config = LlamaConfig(
         vocab_size=len(TOKENS),
         hidden_size=32,
@@ -25,7 +25,7 @@ def model(seed: int = 0) -> LlamaForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 5e4},
         rms_norm_eps=1e-5,
         initializer_range=0.3,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
@@ -58,7 +58,7 @@ def write(path: Path, source: LlamaForCausalLM, architecture: str = "llama") -> 
     writer.add_chat_template("{{ messages[0]['content'] }}")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in source.state_dict().items():
-        if name == "lm_head.weight":
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = weight.numpy()
         if "q_proj" in name:

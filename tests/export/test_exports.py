@@ -19,6 +19,7 @@ from zotune.errors import ConfigError
 from zotune.export import apply_journal, drafts, export_run, journal_file
 from zotune.export.recipe import Recipe
 from zotune.run import RunDirectory
+from zotune.runtimes.embedded import EmbeddedRuntime
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -112,6 +113,16 @@ def test_a_checkpoint_saves_replaying_and_changes_nothing(tmp_path: Path) -> Non
     run = made_runs.make(tmp_path, "llama-tied", "lozo", dtype="bfloat16", **WINDOWS)
     export_run(run.path, tmp_path / "replayed")
     checkpoint.save(RunDirectory(run.path).checkpoints, run.live.state(), step=made_runs.STEPS, window=2, keep=1)
+    export_run(run.path, tmp_path / "restored")
+    assert_same_weights(tmp_path / "replayed", tmp_path / "restored")
+
+
+def test_checkpoints_of_another_run_and_of_lost_steps_are_not_exported(tmp_path: Path) -> None:
+    run = made_runs.make(tmp_path, "llama-tied", "lozo", dtype="bfloat16", **WINDOWS)
+    export_run(run.path, tmp_path / "replayed")
+    other, folder = EmbeddedRuntime(load(run.base), run.live.method, seed=3).state(), RunDirectory(run.path).checkpoints
+    checkpoint.save(folder, other, step=made_runs.STEPS, window=2, keep=2, journal="of another run")
+    checkpoint.save(folder, other, step=made_runs.STEPS + 1, window=2, keep=2)
     export_run(run.path, tmp_path / "restored")
     assert_same_weights(tmp_path / "replayed", tmp_path / "restored")
 
