@@ -56,14 +56,15 @@ def test_a_command_is_one_cell_without_paths_of_the_machine(tmp_path: Path) -> N
     run = RunDirectory(made_runs.make(tmp_path, "llama", "lozo", scope="linear").path)
     manifest = json.loads(run.manifest.read_text())
     for words, shown in (
-        (["model.path=/home/someone/tiny", "output=runs/x"], "model.path=tiny output=runs/x"),
-        (['output = "/home/someone/a=b"', "--out=/home/someone/c"], "'output =a=b' --out=c"),
-        (["/home/some=one/x", "train.steps=9"], "x train.steps=9"),
-        (["data.prompt=<|user|>\n{text}"], "'data.prompt=<\\|user\\|> {text}'"),
+        (["zotune", "model.path=/home/someone/tiny", "output=runs/x"], "zotune model.path=tiny output=runs/x"),
+        (["zotune", 'output = "/home/someone/a=b"', "--out=/home/someone/c"], "zotune 'output =a=b' --out=c"),
+        (["/opt/bin/zotune", "/home/some=one/x", "train.steps=9"], "zotune x train.steps=9"),
+        (["mine.py", "data.prompt=<|user|>\n{text}"], "mine.py 'data.prompt=<\\|user\\|> {text}'"),
+        (["/opt/lib/zotune/__main__.py", "run", "x.toml"], "python -m zotune run x.toml"),
     ):
-        run.manifest.write_text(json.dumps(manifest | {"command": ["/opt/bin/zotune", *words]}))
+        run.manifest.write_text(json.dumps(manifest | {"command": words}))
         text = render(Recipe.of_run(run.path).facts, "merged", dtype="float32")
-        assert f"\n| trained by | `zotune {shown}` |\n" in text
+        assert f"\n| trained by | `{shown}` |\n" in text
 
 
 def test_the_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:

@@ -167,7 +167,12 @@ def _data(data: DataConfig) -> str:
 
 def _command(words: Any) -> str:
     """A command line, absolute paths in it by their names alone."""
-    return shlex.join(_nameless(str(word)) for word in words) if isinstance(words, list) else ""
+    if not isinstance(words, list) or not words:
+        return ""
+    program, *rest = map(str, words)
+    # What Python says of -m, which is no program that could be called.
+    module = Path(program).parts[-2:] == ("zotune", "__main__.py")
+    return shlex.join([*(("python", "-m", "zotune") if module else [_nameless(program)]), *map(_nameless, rest)])
 
 
 def _nameless(word: str) -> str:
