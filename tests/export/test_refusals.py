@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from zotune import cli
 from zotune.errors import ConfigError, JournalError, ModelError, ZotuneError
-from zotune.export import apply_journal, export_run
+from zotune.export import apply_journal, export_run, journal_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,6 +146,20 @@ def test_another_preface_is_refused(
     (tmp_path / "changed").write_bytes(gzip.compress(changed + b"\n" + rest))
     with pytest.raises(JournalError, match=message):
         apply_journal(str(run.base), tmp_path / "changed", tmp_path / "out")
+
+
+def test_a_file_does_not_decide_whose_code_is_run(run: MadeRun, file: Path, tmp_path: Path) -> None:
+    first, _, rest = gzip.decompress(file.read_bytes()).partition(b"\n")
+    changed = json.dumps(json.loads(first) | {"trust_remote_code": True}).encode()
+    (tmp_path / "changed").write_bytes(gzip.compress(changed + b"\n" + rest))
+    words = ["apply", str(run.base), str(tmp_path / "changed"), "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(cli.app, words)
+    assert refused.exit_code == 2
+    assert "changed ran modelling code that comes with its checkpoint" in refused.output
+    assert not (tmp_path / "out").exists()
+    assert CliRunner().invoke(cli.app, [*words, "--trust-remote-code"]).exit_code == 0
+    for trusted in (False, True):
+        assert journal_file.read(file, "base", trusted).model.trust_remote_code == trusted
 
 
 def test_messages_name_the_file_and_not_a_copy(run: MadeRun, file: Path, tmp_path: Path) -> None:

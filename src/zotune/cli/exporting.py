@@ -47,12 +47,16 @@ def apply_file(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What export --format journal wrote.")],
     out: Out,
     shard_size: ShardSize = "5GB",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the base model.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make the weights of a journal file from its base model, without data and without a forward pass."""
     from zotune.export import apply_journal
 
-    _print(apply_journal(base, file, out, shard_size=shard_size), as_json)
+    done = apply_journal(base, file, out, shard_size=shard_size, trust_remote_code=trust_remote_code)
+    _print(done, as_json)
 
 
 def _print(done: Exported, as_json: bool) -> None:

@@ -86,7 +86,9 @@ def export_run(
     return _outcome(out, format, recipe, began, made)
 
 
-def apply_journal(base: StrPath, file: StrPath, out: StrPath, *, shard_size: str = SHARD_SIZE) -> Exported:
+def apply_journal(
+    base: StrPath, file: StrPath, out: StrPath, *, shard_size: str = SHARD_SIZE, trust_remote_code: bool = False
+) -> Exported:
     """Rebuild the weights of a run from its journal file, bit for bit, without data and without a forward pass.
 
     Args:
@@ -94,15 +96,16 @@ def apply_journal(base: StrPath, file: StrPath, out: StrPath, *, shard_size: str
         file: What `export_run` wrote in the format ``journal``.
         out: Hugging Face folder to make.
         shard_size: Largest file of weights.
+        trust_remote_code: Whether to run modelling code that comes with the base model; the file does not decide that.
 
     Raises:
-        ConfigError: ``out`` exists or cannot be written.
+        ConfigError: ``out`` exists or cannot be written, or the run had such code and it is not trusted.
         JournalError: The file is damaged, of another version, or of another base model.
         ModelError: The base model cannot be loaded.
     """
     began, out = time.perf_counter(), expand(out)
     refuse_existing(out)
-    recipe = journal_file.read(expand(file), os.fspath(base))
+    recipe = journal_file.read(expand(file), os.fspath(base), trust_remote_code)
     with drafted(out, folder=True) as draft:
         merged.write(recipe, draft, shard_size=shard_size)
     return _outcome(out, "merged", recipe, began)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.config import ModelConfig
-from zotune.errors import JournalError
+from zotune.errors import ConfigError, JournalError
 from zotune.export.card import Facts
 from zotune.export.recipe import Recipe
 from zotune.journal import Journal
@@ -44,11 +44,17 @@ def _preface(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def read(file: Path, base: str) -> Recipe:
+def read(file: Path, base: str, trust_remote_code: bool = False) -> Recipe:
     """The recipe in a file, on a base model that is given as folder or hub id.
+
+    Args:
+        file: What `write` wrote, perhaps for someone else.
+        base: Folder or hub id of the base model.
+        trust_remote_code: Whether to run modelling code that comes with it.
 
     Raises:
         JournalError: The file cannot be read, is damaged or cut short, is something else, or is of another version.
+        ConfigError: The run trusted the checkpoint's code, and whoever asks for its weights has not said to.
     """
     preface, _, records = _decompress(file).partition(b"\n")
     about = _read_preface(file, preface)
@@ -58,10 +64,17 @@ def read(file: Path, base: str) -> Recipe:
             path=base,
             revision=facts.revision if base == facts.base else None,
             dtype=about["dtype"],
-            trust_remote_code=about["trust_remote_code"],
+            trust_remote_code=trust_remote_code,
         )
+        trusted = about["trust_remote_code"]
     except (KeyError, TypeError, ValueError) as error:
         raise JournalError(f"{file} lacks what a journal file of version {VERSION} has: {error!r}") from error
+    # A file that comes from someone else must not decide whose code is run here.
+    if trusted and not trust_remote_code:
+        raise ConfigError(
+            f"the run behind {file} ran modelling code that comes with its checkpoint. If that of {base} is to be run, "
+            "give --trust-remote-code; from Python, trust_remote_code=True"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal.jsonl"
         path.write_bytes(records)
