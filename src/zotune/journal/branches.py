@@ -250,7 +250,8 @@ def _move(run: RunDirectory, plan: Path) -> None:
 
 def _branch(run: RunDirectory, folder: Path) -> Branch:
     other = RunDirectory(folder)
-    contents, known = scan(other.journal), other.evaluations()
+    contents = scan(other.journal)
+    known = other.evaluations(upto=len(contents.entries))
     common = shared(scan(run.journal), contents)
     return Branch(folder.name, folder, len(contents.entries), common, known[max(known)] if known else None)
 

@@ -43,7 +43,8 @@ def standing(run: RunDirectory, config: Config) -> Standing:
         JournalError: Its journal cannot be read.
     """
     entries, train = read(run.journal).entries, config.train
-    done, evaluations = len(entries), run.evaluations()
+    done = len(entries)
+    evaluations = run.evaluations(upto=done)
     if done in evaluations:
         if done >= train.steps:
             return Standing("finished", done)
