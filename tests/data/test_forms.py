@@ -29,11 +29,20 @@ def test_labels(label, expected):
 
 def test_labels_that_are_numbers_in_the_candidates():
     assert [gold(label, (" four", " five", " 2")) for label in ("2", 2)] == [2, 2]
-    assert gold("1", (" 1", " five")) == 0
+    assert gold("1", (" 1", " five")) == gold("1.0", (" 1", " five")) == 0
     assert gold(True, (" False", " True")) == 1
 
 
-@pytest.mark.parametrize(("label", "candidates"), [(1, (" 1", " five")), (True, (" true", " false"))])
+@pytest.mark.parametrize(
+    ("label", "candidates"),
+    [
+        (1, (" 1", " five")),
+        (1.0, (" 1", " 2")),
+        (1, (" 1.0", " 2.0")),
+        (True, (" true", " false")),
+        (True, (" 1", " 0")),
+    ],
+)
 def test_labels_of_two_meanings_are_refused(label, candidates):
     with pytest.raises(DataError, match="is the text of candidate 0, but"):
         gold(label, candidates)

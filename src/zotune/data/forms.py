@@ -272,12 +272,20 @@ def _place(label: str | int | float, names: Sequence[str]) -> int | None:
     text = str(label).strip()
     if isinstance(label, bool):
         text, names = text.lower(), [name.lower() for name in names]
-    return names.index(text) if text in names else None
+    if text in names:
+        return names.index(text)
+    # A column with gaps has 1.0 where its whole numbers are 1.
+    number = _number(label)
+    return next((place for place, name in enumerate(names) if number is not None and _number(name) == number), None)
 
 
 def _index(label: str | int | float) -> int | None:
+    number = _number(label)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _number(label: str | int | float) -> float | None:
     try:
-        number = float(label)
+        return float(label)
     except (ValueError, OverflowError):
         return None
-    return int(number) if number.is_integer() else None
