@@ -31,6 +31,7 @@ def test_size_has_three_digits_and_a_unit() -> None:
 def test_json_gets_no_number_that_it_does_not_have() -> None:
     record = {"loss": math.nan, "best": -math.inf, "step": 3, "done": True, "lr": 0.5, "name": "a"}
     assert as_json(record) == {"loss": None, "best": None, "step": 3, "done": True, "lr": 0.5, "name": "a"}
+    assert as_json({"branches": [{"last": record}]})["branches"][0]["last"]["loss"] is None
 
 
 def test_the_first_value_is_not_pulled_towards_zero() -> None:

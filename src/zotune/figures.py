@@ -41,8 +41,16 @@ def finite(value: float) -> float | None:
 
 
 def as_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with None for numbers that are not finite."""
-    return {name: finite(value) if isinstance(value, float) else value for name, value in record.items()}
+    """A record with None for numbers that are not finite, however deep in it they are."""
+    return {name: _as_json(value) for name, value in record.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return as_json(value)
+    if isinstance(value, list | tuple):
+        return [_as_json(each) for each in value]
+    return finite(value) if isinstance(value, float) else value
 
 
 class Smoothed:
