@@ -153,7 +153,8 @@ def restore(
     Raises:
         JournalError: See `zotune.train.resume`.
     """
-    session = Session.build(config)
+    # A run that was moved or copied does not say where it lies; its replicas would go by what lies where it began.
+    session = Session.build(config.model_copy(update={"output": str(run.path)}))
     try:
         journal = Journal.open(run.journal)
         journal.require(session.header())

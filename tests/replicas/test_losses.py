@@ -26,7 +26,7 @@ from zotune.errors import EngineError
 from zotune.journal import Journal
 from zotune.run import RunDirectory
 from zotune.runtimes.replicas.runtime import RayRuntime
-from zotune.session import Session
+from zotune.session import Session, restore
 from zotune.train import take_step
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -132,6 +132,21 @@ def test_killed_replicas_are_replaced_and_nothing_else_changes(configure: Config
         assert sum("is in step" in text for text in news) == 1 + len(killed)
         assert {each["restarts"] for each in run.runtime.team.figures()} == {len(killed) - 1, 2}
         assert_as_undisturbed(configure, run)
+
+
+@pytest.mark.usefixtures("warm")
+def test_the_replicas_of_a_copied_run_go_by_the_copy(configure: Configure, tmp_path: Path) -> None:
+    """Its configuration names the first run's directory, whose checkpoints are not of the copy's steps."""
+    with a_run(configure, replicas=1) as run:
+        run.take(2)
+    (run.directory.path / "replicas.json").unlink()
+    copy = RunDirectory(shutil.copytree(run.directory.path, tmp_path / "copy"))
+    session, journal = restore(copy, run.session.config)
+    journal.claim()
+    with closing(session), closing(journal):
+        Run(session, copy, journal).take(1)
+    assert (copy.path / "replicas.json").exists()
+    assert not (run.directory.path / "replicas.json").exists()
 
 
 @pytest.mark.usefixtures("warm")
