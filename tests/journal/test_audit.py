@@ -110,6 +110,7 @@ def test_what_does_not_belong_to_the_run_is_named(run: Path) -> None:
         "config.toml has seed = 9, but the journal 0",
         "the checkpoint of step 3 is damaged",
     )
+    assert "--repair" not in invoke("journal", "verify", run).stdout, "which mends the journal, and that is sound"
     (run / "config.toml").write_text("output = 3")
     assert any("config.toml" in problem for problem in audit.verify(run).problems)
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import subprocess
 import time
 import zlib
 from collections.abc import Iterator
@@ -190,6 +191,15 @@ def test_a_torn_header_leaves_nothing(path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(JournalError, match="line 1, the header, is damaged, so that no step can be recovered"):
             Journal.open(path)
+
+
+def test_carriage_returns_are_told_with_the_way_out(path: Path) -> None:
+    whole = write(path, FIRST)
+    path.write_bytes(whole.replace(b"\n", b"\r\n"))
+    with pytest.raises(JournalError, match="nothing is lost") as refused:
+        Journal.open(path)
+    subprocess.run(str(refused.value).partition("e.g.: ")[2], shell=True, check=True)
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

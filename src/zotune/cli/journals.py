@@ -147,7 +147,7 @@ def _print_verdict(path: Path, verdict: Verdict) -> None:
         typer.echo(f"  {text}")
     if verdict.checkpoints:
         typer.echo(f"  sound checkpoints: {', '.join(map(str, verdict.checkpoints))}")
-    if not verdict.sound and path.is_dir():
+    if verdict.damaged and path.is_dir():
         typer.echo(f"go back to the last sound step: {command_line('journal', 'verify', path, '--repair')}")
 
 

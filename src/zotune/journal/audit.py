@@ -29,6 +29,7 @@ class Verdict:
         checkpoints: Steps whose checkpoints are sound, ascending.
         problems: What is wrong, one line each; none if all is well.
         notices: What is as it may be, but worth knowing.
+        damaged: Whether a line after the header is, so that `zotune.journal.branches.repair` mends what is wrong.
     """
 
     journal: Path
@@ -37,6 +38,7 @@ class Verdict:
     checkpoints: tuple[int, ...]
     problems: tuple[str, ...]
     notices: tuple[str, ...]
+    damaged: bool = False
 
     @property
     def sound(self) -> bool:
@@ -91,9 +93,10 @@ def verify(path: Path) -> Verdict:
         return Verdict(journal, size, 0, (), (str(error),), ())
     steps = len(contents.entries)
     problems, notices = _learning_rates(contents), []
+    damaged = contents.damage is not None and not contents.damage.torn
     if contents.damage is not None and contents.damage.torn:
         notices.append(f"the last record, in line {contents.damage.line}, is torn; its step runs again on resume")
-    elif contents.damage is not None:
+    elif damaged:
         problems.insert(0, f"{contents.damage}; {steps} steps before it can be recovered")
     sound: tuple[int, ...] = ()
     if path.is_dir():
@@ -104,7 +107,7 @@ def verify(path: Path) -> Verdict:
         problems += [f"the checkpoint of step {step} is {fault}" for step, fault in faults.items() if fault]
         sound = tuple(step for step, fault in faults.items() if not fault)
         notices += [f"the checkpoint of step {step} is ahead of the journal" for step in sound if step > steps]
-    return Verdict(journal, contents.size, steps, sound, tuple(problems), tuple(notices))
+    return Verdict(journal, contents.size, steps, sound, tuple(problems), tuple(notices), damaged)
 
 
 def diff(a: Path, b: Path) -> Difference:

@@ -247,6 +247,11 @@ def _fields(header: Header) -> dict[str, Any]:
 def _header(path: Path, text: bytes) -> Header:
     body = _checked(text)
     if body is None:
+        if text.endswith(b"\r\n") and _checked(text.replace(b"\r", b"")) is not None:
+            raise JournalError(
+                f"{path}: a carriage return was put at the end of its lines, as by an editor or by git; nothing is "
+                f"lost. Take them out, e.g.: sed -i 's/\\r$//' {shlex.quote(str(path))}"
+            )
         if text.startswith(b'{"seed":'):
             raise JournalError(
                 f"{path}: line 1, the header, is damaged, so that no step can be recovered from this file"
