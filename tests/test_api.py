@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,9 +52,16 @@ def test_one_except_clause_catches_every_mistake() -> None:
     assert all(issubclass(kind, zotune.ZotuneError) for kind in raised)
 
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "sentiment.toml"
+
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "start a mapping": (lambda: zotune.start({"output": "run"}), r"got a dict where a Config is.*zotune.parse_config"),
     "start a path": (lambda: zotune.start("config.toml"), r"got a str where a Config is.*zotune.load_config"),
+    "dry-run a path": (lambda: zotune.dry_run("config.toml"), r"got a str where a Config is.*zotune.load_config"),
+    "one override": (lambda: zotune.load_config(EXAMPLE, "train.steps=9"), r"must be a list, not 'train.steps=9'"),
+    "one of several runs": (lambda: zotune.overlay("run", "out.png"), r"runs must be a list, not 'run'"),
+    "sweep a path": (lambda: zotune.run_sweep("sweep.toml", zotune.SilentReporter), r"str where a Plan .*read_sweep"),
+    "sum a path up": (lambda: zotune.summarise_sweep("sweep.toml", {}), r"got a str where a Plan .*zotune.read_sweep"),
     "load a path": (lambda: zotune.load_model("model"), r"got a str where a ModelConfig is needed"),
     "load a mapping": (lambda: zotune.load_data({}, None, 8), r"got a dict where a DataConfig is needed"),
     "resume a number": (lambda: zotune.resume(5), r"cannot use the path '5': .* give another one"),

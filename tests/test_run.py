@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_runs
 import torch
@@ -185,11 +186,19 @@ def test_a_longer_run_needs_a_constant_schedule(configure: Configure, tmp_path: 
 
 
 def test_a_longer_run_is_one_of_that_length(run: Path, configure: Configure, tmp_path: Path) -> None:
-    summary = zotune.resume(run, Recorder(), steps=9)
+    summary = zotune.resume(run, Recorder(), steps=np.int64(9))
     assert summary.steps == 9
     assert config.load(run / "config.toml").train.steps == 9
     zotune.start(configure(output="whole", train={"steps": 9}, method={"interval": 3}), Recorder())
     assert_same(saved(run), saved(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("steps", [0, 8.5, "9", True])
+def test_a_length_that_no_run_has_is_refused(run: Path, steps: Any) -> None:
+    before = contents(run)
+    with pytest.raises(ConfigError, match=r"train\.steps: "):
+        zotune.resume(run, Recorder(), steps=steps)
+    assert contents(run) == before
 
 
 def test_a_run_does_not_become_shorter(run: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from zotune.errors import ConfigError
+from zotune.errors import ConfigError, listed
 from zotune.estimators import EstimatorName
 from zotune.layout import Scope
 from zotune.paths import StrPath, expand
@@ -272,7 +272,7 @@ def load(path: StrPath, overrides: Sequence[str] = ()) -> Config:
     """
     path = expand(path)
     table = read(path)
-    for assignment in overrides:
+    for assignment in listed(overrides, "overrides"):
         override(table, assignment)
     return parse(table, source=str(path))
 

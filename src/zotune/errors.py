@@ -7,7 +7,7 @@ traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -73,6 +73,17 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {got!r}.{hint} Known: {', '.join(names)}."
+
+
+def listed(given: Sequence[T], name: str) -> Sequence[T]:
+    """What was given, if it is not one text where several are meant, whose characters would be taken for them.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if isinstance(given, str):
+        raise ConfigError(f"{name} must be a list, not {given!r}")
+    return given
 
 
 def required(given: Any, kind: type[T], hint: str) -> T:

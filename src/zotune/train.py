@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zotune import learning_rate, stopping
-from zotune.config import MADE, Config
+from zotune.config import MADE, Config, parse
 from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun, required
 from zotune.evaluate import Metrics
 from zotune.journal import Entry, Journal, read
@@ -95,7 +95,7 @@ def resume(
     Raises:
         JournalError: The path is no run, its journal is damaged, model or data are not those it began with, or another
             process is training there.
-        ConfigError: ``steps`` cannot be changed.
+        ConfigError: ``steps`` is no number of steps, or cannot be changed.
     """
     run, config = open_run(expand(path))
     if steps is not None and steps != config.train.steps:
@@ -103,7 +103,7 @@ def resume(
             raise ConfigError(
                 "--steps needs a constant schedule: another length changes the learning rate of every step"
             )
-        config = config.having("train", steps=steps)
+        config = parse(config.model_dump() | {"train": config.train.model_dump() | {"steps": steps}}, "resume")
     notices: list[str] = []
     reporter = _together(config, reporter or TerminalReporter(LastingConsole()), callbacks)
     session, journal = restore(run, config, notice=notices.append)

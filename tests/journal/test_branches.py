@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_runs
 from tiny_runs import Recorder, assert_same, contents, restored, saved
@@ -135,7 +136,7 @@ def test_before_a_change_the_settings_are_those_that_held_then(run: Path, traine
 
 
 def test_settings_may_change_without_going_back(run: Path) -> None:
-    kept = zotune.rollback(run, 12, ["train.steps=15", "method.schedule=constant"])
+    kept = zotune.rollback(run, np.int64(12), ["train.steps=15", "method.schedule=constant"])
     assert (kept.steps, kept.shared) == (12, 12)
     assert zotune.resume(run, Recorder()).steps == 15
 

@@ -10,9 +10,10 @@ from itertools import chain, count, islice
 from typing import Any
 
 from zotune import models
-from zotune.config import Config
+from zotune.config import MADE, Config
 from zotune.dryrun.estimate import Memory, Time, measure
 from zotune.dryrun.tokens import TokenRow
+from zotune.errors import required
 from zotune.figures import duration, size
 from zotune.layout import Layout
 from zotune.paths import expand
@@ -121,7 +122,7 @@ def dry_run(config: Config) -> DryRun:
         ZotuneError: What a run would raise before its first step, but for an output directory that exists, which is
             a notice.
     """
-    config, notices = _embedded(resolved(config))
+    config, notices = _embedded(resolved(required(config, Config, MADE)))
     session = Session.build(config)
     tokenizer = models.load_tokenizer(config.model)
     indices = chain.from_iterable(session.order.indices(step) for step in count())

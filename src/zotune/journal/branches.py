@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 
 from zotune import checkpoint
@@ -80,7 +81,8 @@ def rollback(path: StrPath, step: int, overrides: Sequence[str] = ()) -> Branch:
     """
     with _opened(path) as run:
         contents = read(run.journal)
-        done = len(contents.entries)
+        # JSON takes no NumPy integer, as a script finds its best step with.
+        step, done = index(step), len(contents.entries)
         if not 0 <= step <= done:
             raise ConfigError(f"{path} has {done} finished steps; --step must be from 0 to {done}, not {step}")
         if step == done and not overrides:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from zotune.config import AUTO, Config, load
-from zotune.errors import ConfigError
+from zotune.errors import ConfigError, listed
 from zotune.journal.records import CHANGEABLE, Change, Header, differences
 from zotune.presets import resolve
 
@@ -54,7 +54,7 @@ def changed(file: Path, header: Header, step: int, overrides: Sequence[str]) -> 
         ConfigError: A setting is unknown, or holds for a whole run.
     """
     as_it_was = _assignments(header)
-    before, after = load(file, as_it_was), load(file, [*as_it_was, *overrides])
+    before, after = load(file, as_it_was), load(file, [*as_it_was, *listed(overrides, "overrides")])
     if after.method.lr == AUTO:
         raise ConfigError("method.lr = 'auto' is chosen when a run begins; from a later step on, give a number")
     found = {name: new for name, (_, new) in differences(header, configured(header, after)).items()}

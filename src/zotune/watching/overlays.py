@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from zotune.config import Config
-from zotune.errors import ConfigError, unknown
+from zotune.errors import ConfigError, listed, unknown
 from zotune.journal.branches import open_run
 from zotune.paths import StrPath, expand
 from zotune.presets import resolve
@@ -60,7 +60,7 @@ def overlay(runs: Sequence[StrPath], out: StrPath, x: Axis = "steps") -> Path:
     """
     if x not in get_args(Axis):
         raise ConfigError(unknown("x axis", x, get_args(Axis)))
-    return save(draw(_curves([expand(run) for run in runs], x), x), expand(out))
+    return save(draw(_curves([expand(run) for run in listed(runs, "runs")], x), x), expand(out))
 
 
 def draw(curves: Sequence[Curves], x: str = "steps") -> Figure:

@@ -23,6 +23,9 @@ from zotune.watching.differences import differing, flatten, short_names, shown
 KEYS = ("output", "base", "grid", "run")
 _LONGEST_NAME = 100
 
+PLANNED = "zotune.read_sweep(path) reads one"
+"""How to come by a `Plan`."""
+
 Point = dict[str, Any]
 """What one run sets, by dotted key."""
 

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zotune.errors import ConfigError, JournalError
+from zotune.errors import ConfigError, JournalError, required
 from zotune.figures import finite
 from zotune.reporters import SCORES
 from zotune.watching import metrics
 from zotune.watching.metrics import RunMetrics, number
 from zotune.watching.overlays import overlay
 from zotune.watching.standing import OVER, Standing, State
-from zotune.watching.sweep.plan import Plan, Planned, Point
+from zotune.watching.sweep.plan import PLANNED, Plan, Planned, Point
 from zotune.watching.sweep.work import whereabouts
 
 SEED = "train.seed"
@@ -104,6 +104,7 @@ def summarise(plan: Plan, failures: Mapping[str, str] | None = None) -> Summary:
     Raises:
         ConfigError: The folder cannot be written.
     """
+    required(plan, Plan, PLANNED)
     failures = _recorded(plan.folder) if failures is None else failures
     standings = {each.name: whereabouts(each) for each in plan.runs}
     recorded = {each.name: _metrics(each) for each in plan.runs if standings[each.name].state != "failed"}

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 
 from zotune.config import AUTO, Config
-from zotune.errors import ZotuneError
+from zotune.errors import ZotuneError, required
 from zotune.journal.branches import open_run
 from zotune.reporters import Reporter
 from zotune.watching.differences import shown, values
 from zotune.watching.standing import Standing, standing
-from zotune.watching.sweep.plan import Plan, Planned
+from zotune.watching.sweep.plan import PLANNED, Plan, Planned
 
 
 def run(plan: Plan, reporter: Callable[[], Reporter]) -> dict[str, str]:
@@ -29,6 +29,7 @@ def run(plan: Plan, reporter: Callable[[], Reporter]) -> dict[str, str]:
         Why runs failed, by their names.
     """
     failures = {}
+    required(plan, Plan, PLANNED)
     for place, each in enumerate(plan.runs, start=1):
         live, where = reporter(), whereabouts(each)
         live.notice(f"[{place}/{len(plan.runs)}] {each.name}: {_intent(where)}")
