@@ -141,6 +141,14 @@ def test_row_groups_of_parquet(tmp_path):
         found[10]
 
 
+def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(arrow.table([["a"], [0], [1]], names=["text", "label", "label"]), path)
+    with pytest.raises(DataError, match=r"rows\.parquet: column 'label' is there twice \(columns 2 and 3\); rename"):
+        read(path, ".parquet")
+
+
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     raw=st.binary(max_size=60) | st.text('{}[]",:\n\\ud8a1e0nul\r', max_size=40).map(str.encode),

@@ -10,7 +10,7 @@ import json
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -184,7 +184,8 @@ class CsvRows:
 
     def _add(self, at: int, row: list[str]) -> None:
         if not self.header:
-            self.header = self._distinct(row)
+            self.header = row
+            _require_distinct(row, self.text.path)
         elif len(row) > len(self.header):
             raise DataError(
                 f"row {len(self.starts) + 1} of {self.text.path} has more cells than the header. "
@@ -192,16 +193,6 @@ class CsvRows:
             )
         elif row:
             self.starts.append(at)
-
-    def _distinct(self, header: list[str]) -> list[str]:
-        """The header, unless two of its columns have one name; columns without a name cannot be asked for."""
-        first: dict[str, int] = {}
-        for number, name in enumerate(header, start=1):
-            if name and (earlier := first.setdefault(name, number)) != number:
-                raise DataError(
-                    f"{self.text.path}: column {name!r} is there twice (columns {earlier} and {number}); rename one."
-                )
-        return header
 
     def _unreadable(self, line: int, error: csv.Error) -> DataError:
         path = self.text.path
@@ -246,6 +237,7 @@ class ParquetRows:
         # Arrow's errors derive from several of Python's, and all of them mean that this file cannot be read.
         except Exception as error:
             raise self._unreadable(error) from error
+        _require_distinct(self.file.schema_arrow.names, path)
         self._group, self._table = -1, None
 
     def __len__(self) -> int:
@@ -265,6 +257,14 @@ class ParquetRows:
 
     def _unreadable(self, error: Exception) -> DataError:
         return DataError(f"cannot read {self.path} as Parquet: {first_line(error)}")
+
+
+def _require_distinct(columns: Sequence[str], path: Path) -> None:
+    """Refuse two columns of one name; columns without a name cannot be asked for."""
+    first: dict[str, int] = {}
+    for number, name in enumerate(columns, start=1):
+        if name and (earlier := first.setdefault(name, number)) != number:
+            raise DataError(f"{path}: column {name!r} is there twice (columns {earlier} and {number}); rename one.")
 
 
 def _array(text: TextFile) -> Records:
