@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,11 +20,12 @@ import tiny_runs
 import torch
 from tiny_runs import Recorder, assert_same, contents, saved
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import zotune
-from zotune import checkpoint, config
+from zotune import checkpoint, cli, config
 from zotune.config import Config
-from zotune.errors import ConfigError, JournalError, ModelError, RunExistsError
+from zotune.errors import ConfigError, JournalError, ModelError, RunExistsError, ZotuneError
 from zotune.evaluate import Metrics
 from zotune.journal import Journal, audit
 from zotune.run import RunDirectory
@@ -172,17 +174,36 @@ def test_an_edited_configuration_cannot_go_on(run: Path, table: str, key: str, v
         zotune.resume(run, Recorder())
 
 
+def follow(refused: pytest.ExceptionInfo[ZotuneError]) -> None:
+    """Type the command that an error names."""
+    words = shlex.split(str(refused.value).partition("'zotune ")[2].partition("'")[0])
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_learning_rate_that_was_edited_can_be_had_from_there_on(run: Path) -> None:
+    path = run / "config.toml"
+    path.write_text(path.read_text().replace("lr = 0.001", "lr = 0.0005"))
+    with pytest.raises(JournalError, match="or have it from here on") as refused:
+        zotune.resume(run, Recorder(), steps=8)
+    follow(refused)
+    zotune.resume(run, Recorder(), steps=8)
+    assert [entry.lr for entry in Journal.open(run / "journal.jsonl").entries] == [0.001] * 6 + [0.0005] * 2
+
+
 def test_a_longer_run_needs_a_constant_schedule(configure: Configure, tmp_path: Path) -> None:
     run = tmp_path / "run"
     zotune.start(configure(method={"schedule": "linear"}, train={"steps": 3}), Recorder())
     before = contents(run)
-    with pytest.raises(ConfigError, match="--steps needs a constant schedule"):
+    with pytest.raises(ConfigError, match="--steps needs a constant schedule") as refused:
         zotune.resume(run, Recorder(), steps=5)
     assert contents(run) == before
     assert zotune.resume(run, Recorder(), steps=3).steps == 3
     (run / "config.toml").write_text((run / "config.toml").read_text().replace("steps = 3", "steps = 5"))
     with pytest.raises(JournalError, match=r"its steps is not what it began with \(journal: 3, now: 5\)"):
         zotune.resume(run, Recorder())
+    follow(refused)
+    assert zotune.resume(run, Recorder()).steps == 5
 
 
 def test_a_longer_run_is_one_of_that_length(run: Path, configure: Configure, tmp_path: Path) -> None:

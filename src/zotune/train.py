@@ -14,6 +14,7 @@ from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun
 from zotune.evaluate import Metrics
 from zotune.journal import Entry, Journal, read
 from zotune.journal.branches import open_run
+from zotune.journal.records import change_command
 from zotune.paths import StrPath, expand
 from zotune.presets import resolve
 from zotune.progress import LastingConsole, TerminalReporter
@@ -100,8 +101,10 @@ def resume(
     run, config = open_run(expand(path))
     if steps is not None and steps != config.train.steps:
         if resolve(config.method).schedule != "constant":
+            longer = change_command(run.path, len(read(run.journal).entries), "steps", steps)
             raise ConfigError(
-                "--steps needs a constant schedule: another length changes the learning rate of every step"
+                "--steps needs a constant schedule: another length changes the learning rate of every step. To have "
+                f"the schedule of that length from here on: '{longer}', then resume."
             )
         config = parse(config.model_dump() | {"train": config.train.model_dump() | {"steps": steps}}, "resume")
     notices: list[str] = []

@@ -194,6 +194,12 @@ def read(path: Path) -> Contents:
     return contents
 
 
+def change_command(run: Path, step: int, field: str, value: Any) -> str:
+    """The command line that sets a field that is `CHANGEABLE` from ``step`` on."""
+    key = "train.steps" if field == "steps" else field
+    return shlex.join(["zotune", "rollback", str(run), "--step", str(step), "--set", f"{key}={value}"])
+
+
 def scan(path: Path) -> Contents:
     """Read a journal as far as it is sound.
 

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zotune.errors import JournalError
-from zotune.journal.records import Contents, Entry, Header, differences, line, read
+from zotune.journal.records import CHANGEABLE, Contents, Entry, Header, change_command, differences, line, read
 
 _SYNC_SECONDS = 1.0
 _HINTS = {
     "model": "Give the very checkpoint, revision and dtype that it began with.",
     "layout": "The model's parameters in scope have other names or shapes than they had.",
-    "data": "Give the training rows that it began with.",
+    "data": "Give the training rows, and the templates and sizes in the table [data], that it began with.",
 }
 
 
@@ -100,10 +100,13 @@ class Journal:
         Raises:
             JournalError: They differ; the message says in what.
         """
-        for field, (began, now) in differences(self.header_at(len(self.entries)), header).items():
+        run, done = self.path.parent, len(self.entries)
+        for field, (began, now) in differences(self.header_at(done), header).items():
+            hint = _HINTS.get(field, "Set it back, or begin another run.")
+            if field in CHANGEABLE:
+                hint = f"Set it back, or have it from here on: '{change_command(run, done, field, now)}', then resume."
             raise JournalError(
-                f"{self.path.parent} cannot go on: its {field} is not what it began with "
-                f"(journal: {began!r}, now: {now!r}). {_HINTS.get(field, 'Set it back, or begin another run.')}"
+                f"{run} cannot go on: its {field} is not what it began with (journal: {began!r}, now: {now!r}). {hint}"
             )
 
     def append(self, entry: Entry) -> None:
