@@ -170,10 +170,13 @@ def _train(
     with ExitStack() as stack:
         stack.callback(journal.close)
         stack.callback(reporter.finish)
+        signals = Signals()
+        # Trackers begin with what is on record, which a killed process may have left behind the journal.
+        upkeep = Upkeep(session, run, journal, reporter, signals)
         reporter.start(run.path, session.config.train.steps, len(journal.entries))
         for notice in (*notices, *session.data.notices):
             reporter.notice(notice)
-        upkeep = Upkeep(session, run, journal, reporter, stack.enter_context(Signals()))
+        stack.enter_context(signals)
         try:
             try:
                 upkeep.between_steps()

@@ -156,19 +156,22 @@ def test_event_files_hold_what_the_metrics_say(
     assert b"    lr = 0.001\n" in text
 
 
-@pytest.mark.parametrize("torn", [False, True], ids=["whole", "torn"])
+@pytest.mark.parametrize("left", ["whole", "torn", "behind"])
 def test_a_resumed_run_has_each_step_once(
-    torn: bool, tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Path, Path]
+    left: str, tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Path, Path]
 ) -> None:
     chosen = configure(tmp_path, tiny_model_folder, sentiment_files, train={"steps": 6}, track=TENSORBOARD)
     with pytest.raises(KeyboardInterrupt):
         train.start(chosen, Recorder(stop_after=3))
     run = tmp_path / "run"
     before = curve(run, "train/loss")
-    if torn:
-        # As a killed process leaves it: the last events never reached the file.
+    # As a killed process leaves it: the last events never reached the file, or the last step only the journal.
+    if left == "torn":
         (path,) = (run / "tensorboard").iterdir()
         path.write_bytes(path.read_bytes()[:100])
+    if left == "behind":
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] < 3))
     train.resume(run, SilentReporter())
     after = curve(run, "train/loss")
     assert list(after) == [1, 2, 3, 4, 5, 6]
