@@ -49,7 +49,9 @@ def plot(
     paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Picture, .png, .svg or .pdf. Default: RUN/curves.png, or overlay.png for several runs."),
+        typer.Option(
+            help="Picture, .png, .svg or .pdf. Default: RUN/curves.png, or overlay.png for several runs or another --x."
+        ),
     ] = None,
     x: Annotated[XAxis, typer.Option("--x", help="What the x axis counts.")] = XAxis.STEPS,
     as_json: AsJson = False,
