@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zotune import learning_rate, stopping
-from zotune.config import MADE, Config, parse
+from zotune.config import MADE, Config
 from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun, required
 from zotune.evaluate import Metrics
 from zotune.journal import Entry, Journal, read
 from zotune.journal.branches import open_run
-from zotune.journal.records import change_command
+from zotune.journal.settings import of_length
 from zotune.paths import StrPath, expand
-from zotune.presets import resolve
 from zotune.progress import LastingConsole, TerminalReporter
 from zotune.reporters import Reporter, Reporters
 from zotune.run import RunDirectory, resolved
@@ -99,14 +98,8 @@ def resume(
         ConfigError: ``steps`` is no number of steps, or cannot be changed.
     """
     run, config = open_run(expand(path))
-    if steps is not None and steps != config.train.steps:
-        if resolve(config.method).schedule != "constant":
-            longer = change_command(run.path, len(read(run.journal).entries), "steps", steps)
-            raise ConfigError(
-                "--steps needs a constant schedule: another length changes the learning rate of every step. To have "
-                f"the schedule of that length from here on: '{longer}', then resume."
-            )
-        config = parse(config.model_dump() | {"train": config.train.model_dump() | {"steps": steps}}, "resume")
+    if steps is not None:
+        config = of_length(config, steps, run.path, len(read(run.journal).entries))
     notices: list[str] = []
     reporter = _together(config, reporter or TerminalReporter(LastingConsole()), callbacks)
     session, journal = restore(run, config, notice=notices.append)

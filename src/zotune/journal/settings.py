@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from zotune.config import AUTO, Config, load
+from zotune.config import AUTO, Config, load, parse
 from zotune.errors import ConfigError, listed
-from zotune.journal.records import CHANGEABLE, Change, Header, differences
+from zotune.journal.records import CHANGEABLE, Change, Header, change_command, differences
 from zotune.presets import resolve
 
 _KEYS = {"steps": "train.steps", "batch_size": "train.batch_size", "seed": "train.seed", "fold": "runtime.fold"}
@@ -70,6 +70,27 @@ def changed(file: Path, header: Header, step: int, overrides: Sequence[str]) -> 
     if after.train.steps < step:
         raise ConfigError(f"train.steps = {after.train.steps} is less than the {step} steps that stay")
     return after, Change(step, found) if found else None
+
+
+def of_length(config: Config, steps: int, run: Path, done: int) -> Config:
+    """A run's configuration with another number of steps, as long as no rate that was or is to be depends on it.
+
+    Args:
+        config: As it is.
+        steps: How many the run is to have.
+        run: Its directory.
+        done: Steps that it has.
+
+    Raises:
+        ConfigError: It is no number of steps, or the schedule depends on it.
+    """
+    longer = parse(config.model_dump() | {"train": config.train.model_dump() | {"steps": steps}}, "resume")
+    if longer != config and resolve(config.method).schedule != "constant":
+        raise ConfigError(
+            "--steps needs a constant schedule: another length changes the learning rate of every step. To have the "
+            f"schedule of that length from here on: '{change_command(run, done, 'steps', steps)}', then resume."
+        )
+    return longer
 
 
 def _assignments(header: Header) -> list[str]:
