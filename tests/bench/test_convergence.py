@@ -230,7 +230,8 @@ def test_both_sides_learn_the_right_answer_alone_where_a_task_says_so(options: d
         assert last.loss < first.loss
         # Two forwards of a sequence per row, in 4 steps of 4 rows.
         assert last.rows == 32
-    assert points(ours)[0].loss == points(theirs)[0].loss
+    # On some processors norms that are tuned round their last bit otherwise.
+    assert points(ours)[0].loss == pytest.approx(points(theirs)[0].loss, rel=1e-6)
 
 
 def made(method: str, seed: int, *accuracies: float) -> Result:
