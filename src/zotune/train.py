@@ -99,7 +99,7 @@ def resume(
     """
     run, config = open_run(expand(path))
     if steps is not None:
-        config = of_length(config, steps, run.path, len(read(run.journal).entries))
+        config = of_length(config, steps, run.journal)
     notices: list[str] = []
     reporter = _together(config, reporter or TerminalReporter(LastingConsole()), callbacks)
     session, journal = restore(run, config, notice=notices.append)

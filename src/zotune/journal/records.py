@@ -21,6 +21,9 @@ from zotune.figures import finite
 
 VERSION = 1
 
+KEYS = {"steps": "train.steps", "batch_size": "train.batch_size", "seed": "train.seed", "fold": "runtime.fold"}
+"""What a configuration calls fields of the header; the others have the same names."""
+
 CHANGEABLE = ("method.lr", "method.eps", "method.schedule", "method.warmup_steps", "steps")
 """Fields of the header that a `Change` may set: no update of an earlier step depends on them."""
 
@@ -196,8 +199,8 @@ def read(path: Path) -> Contents:
 
 def change_command(run: Path, step: int, field: str, value: Any) -> str:
     """The command line that sets a field that is `CHANGEABLE` from ``step`` on."""
-    key = "train.steps" if field == "steps" else field
-    return shlex.join(["zotune", "rollback", str(run), "--step", str(step), "--set", f"{key}={value}"])
+    setting = f"{KEYS.get(field, field)}={value}"
+    return shlex.join(["zotune", "rollback", str(run), "--step", str(step), "--set", setting])
 
 
 def scan(path: Path) -> Contents:

@@ -9,11 +9,8 @@ from pathlib import Path
 
 from zotune.config import AUTO, Config, load, parse
 from zotune.errors import ConfigError, listed
-from zotune.journal.records import CHANGEABLE, Change, Header, change_command, differences
+from zotune.journal.records import CHANGEABLE, KEYS, Change, Header, change_command, differences, read
 from zotune.presets import resolve
-
-_KEYS = {"steps": "train.steps", "batch_size": "train.batch_size", "seed": "train.seed", "fold": "runtime.fold"}
-"""What a configuration calls fields of the header; the others have the same names."""
 
 _WHOLE_RUN = ("output", "model", "data")
 """Parts of a configuration that every step depends on."""
@@ -61,7 +58,7 @@ def changed(file: Path, header: Header, step: int, overrides: Sequence[str]) -> 
     fixed = [name for name in _WHOLE_RUN if getattr(before, name) != getattr(after, name)]
     if before.method.preset != after.method.preset:
         fixed.append("method.preset")
-    fixed += [_KEYS.get(name, name) for name in found if name not in CHANGEABLE]
+    fixed += [KEYS.get(name, name) for name in found if name not in CHANGEABLE]
     if fixed:
         raise ConfigError(
             f"{fixed[0]} cannot change at step {step}: the journal is a way from one base model with one kind of "
@@ -72,23 +69,24 @@ def changed(file: Path, header: Header, step: int, overrides: Sequence[str]) -> 
     return after, Change(step, found) if found else None
 
 
-def of_length(config: Config, steps: int, run: Path, done: int) -> Config:
+def of_length(config: Config, steps: int, journal: Path) -> Config:
     """A run's configuration with another number of steps, as long as no rate that was or is to be depends on it.
 
     Args:
         config: As it is.
         steps: How many the run is to have.
-        run: Its directory.
-        done: Steps that it has.
+        journal: The run's, in its directory.
 
     Raises:
         ConfigError: It is no number of steps, or the schedule depends on it.
+        JournalError: The latter, and the journal is damaged.
     """
     longer = parse(config.model_dump() | {"train": config.train.model_dump() | {"steps": steps}}, "resume")
     if longer != config and resolve(config.method).schedule != "constant":
+        command = change_command(journal.parent, len(read(journal).entries), "steps", steps)
         raise ConfigError(
             "--steps needs a constant schedule: another length changes the learning rate of every step. To have the "
-            f"schedule of that length from here on: '{change_command(run, done, 'steps', steps)}', then resume."
+            f"schedule of that length from here on: '{command}', then resume."
         )
     return longer
 
@@ -99,10 +97,10 @@ def _assignments(header: Header) -> list[str]:
     # With a constant schedule a run may have been extended, which its header need not say.
     if header.method["schedule"] != "constant":
         values["steps"] = header.steps
-    return [f"{_KEYS.get(name, name)}={json.dumps(value)}" for name, value in values.items()]
+    return [f"{KEYS.get(name, name)}={json.dumps(value)}" for name, value in values.items()]
 
 
 def _what_may_change() -> str:
-    names = ", ".join(_KEYS.get(name, name) for name in CHANGEABLE)
+    names = ", ".join(KEYS.get(name, name) for name in CHANGEABLE)
     rest = "when [train] evaluates, saves and stops early; [track]; and [runtime] but for fold"
     return f"These may change: {names}; {rest}."
