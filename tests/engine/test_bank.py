@@ -21,7 +21,8 @@ from zotune.optimizer import Method
 from zotune.protocol import CLEAN
 from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.runtimes.engine.bank import Bank, settled, truncated
-from zotune.runtimes.engine.tokenwise import Part, TokenMix, TokenSpace, TunedMatrix, TunedVector
+from zotune.runtimes.engine.tokens import Part, TokenMix, TunedVector
+from zotune.runtimes.engine.tokenwise import TokenSpace, TunedMatrix
 from zotune.runtimes.spaces.lowrank import LowRankMatrix
 from zotune.runtimes.spaces.mixture import Vector
 from zotune.testing import conformance, tiny
@@ -147,8 +148,8 @@ def test_a_bias_of_sixteen_bits_is_shown_with_one_rounding() -> None:
     mix, whole = TokenMix(8, 1, torch.bfloat16, CPU), slice(0, 40)
     weight, bias = (Part(site, whole, slice(None)) for site in sites)
     module = TunedMatrix([weight], sites[0].shape, method.rank, mix, [bias])
-    space = TokenSpace(list(sites), method, 0, CPU)
-    space.attach([module], mix)
+    space = TokenSpace(list(sites), method, 0, mix)
+    space.attach([module])
     bank = Bank(space, 12, list(sites), lambda: pytest.fail("a quantised weight was asked for"))
     case = Case(lambda *_, **__: None, "llama", method)  # type: ignore[arg-type, return-value]
     for update in case.updates(10):
@@ -174,8 +175,8 @@ def test_recompression_keeps_within_the_error_that_it_states() -> None:
     method = Method(rank=2, interval=1, lr=1.0, weight_decay=0.1)
     mix = TokenMix(8, 1, torch.bfloat16, CPU)
     module = TunedMatrix([Part(site, slice(0, 40), slice(None))], site.shape, method.rank, mix)
-    space = TokenSpace([site], method, 0, CPU)
-    space.attach([module], mix)
+    space = TokenSpace([site], method, 0, mix)
+    space.attach([module])
     bank = Bank(space, 12, [site], lambda: pytest.fail("a quantised weight was asked for"))
     addresses = [tensor.data_ptr() for tensor in (module.bank.b, module.bank.v)] if module.bank else []
     exact = torch.zeros(site.shape, dtype=torch.float64)

@@ -13,8 +13,8 @@ from zotune.testing import conformance
 from zotune.testing.conformance import Case
 
 FAMILIES = ("opt", "llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3", "mistral")
-METHODS = [name for name, method in conformance.METHODS.items() if method.family == "low-rank"]
-QUICK = [("opt", "all"), ("qwen3", "all"), ("gemma2", "all"), ("gemma3", "decay")]
+METHODS = [name for name, method in conformance.METHODS.items() if method.lora_rank is None]
+QUICK = [("opt", "all"), ("qwen3", "all"), ("gemma2", "all"), ("gemma3", "decay"), ("opt", "dense"), ("gpt2", "dense")]
 FEW = (conformance.check_probes, conformance.check_updates, conformance.check_generate)
 
 

@@ -7,8 +7,10 @@ import torch
 
 from zotune.errors import ModelError
 from zotune.layout import Site
+from zotune.optimizer import Method
 from zotune.runtimes.engine.layers import Place, wrap
-from zotune.runtimes.engine.tokenwise import Part, TokenMix
+from zotune.runtimes.engine.tokens import Part, TokenMix
+from zotune.runtimes.engine.tokenwise import TokenSpace
 
 MIX = TokenMix(8, 1, torch.float32, torch.device("cpu"))
 WHOLE = slice(None)
@@ -20,6 +22,10 @@ def places(module: SimpleNamespace, kind: str, *parameters: str) -> list[Place]:
         Place("layer", module, name, kind, Part(Site(f"layer.{name}", shapes[name]), slice(0, 6), WHOLE))
         for name in parameters
     ]
+
+
+def space(found: list[Place]) -> TokenSpace:
+    return TokenSpace([place.part.site for place in found], Method(rank=2), 0, MIX)
 
 
 def linear(**more: bool) -> SimpleNamespace:
@@ -41,7 +47,7 @@ def table() -> SimpleNamespace:
 )
 def test_biases_that_no_layer_adds_are_refused(found: list[Place]) -> None:
     with pytest.raises(ModelError, match=r"layer\.bias where zotune cannot.*scope = 'linear'"):
-        wrap(found, 2, MIX)
+        wrap(found, space(found))
 
 
 @pytest.mark.parametrize(
@@ -50,5 +56,5 @@ def test_biases_that_no_layer_adds_are_refused(found: list[Place]) -> None:
     ids=["linear", "table"],
 )
 def test_their_weights_are_tuned(found: list[Place]) -> None:
-    (layer,) = wrap(found, 2, MIX)
+    (layer,) = wrap(found, space(found))
     assert [part.site.name for each in layer.tuned for part in each.parts] == ["layer.weight"]

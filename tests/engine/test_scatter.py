@@ -6,7 +6,8 @@ import torch
 from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.runtimes.engine.scatter import Scatter
-from zotune.runtimes.engine.tokenwise import Part, TokenMix, Tuned, TunedMatrix, TunedTable, TunedVector
+from zotune.runtimes.engine.tokens import Part, TokenMix, TunedVector
+from zotune.runtimes.engine.tokenwise import Tuned, TunedMatrix, TunedTable
 
 RANK = 2
 SITES = tuple(

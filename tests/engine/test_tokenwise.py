@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from zotune.layout import Site
-from zotune.runtimes.engine.tokenwise import Part, TokenMix, TunedMatrix, TunedVector
+from zotune.runtimes.engine.tokens import Part, TokenMix, TunedVector
+from zotune.runtimes.engine.tokenwise import TunedMatrix
 from zotune.runtimes.spaces import skinny
 from zotune.runtimes.spaces.lowrank import LowRankMatrix
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.protocol import Update
-from zotune.runtimes.engine.tokenwise import TokenSpace, Tuned, TunedTable, TunedVector
+from zotune.runtimes.engine.tokens import TunedVector
+from zotune.runtimes.engine.tokenwise import TokenSpace, Tuned, TunedTable
 from zotune.runtimes.engine.weights import Weights
 from zotune.runtimes.folding.fold import Fold
 from zotune.runtimes.folding.move import LowRankChange, Move

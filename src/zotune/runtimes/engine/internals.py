@@ -37,7 +37,7 @@ from zotune.layout import Site
 from zotune.runtimes.engine import slots
 from zotune.runtimes.engine.layers import Head, LinearLayer, Place
 from zotune.runtimes.engine.lifeline import follow
-from zotune.runtimes.engine.tokenwise import Part
+from zotune.runtimes.engine.tokens import Part
 from zotune.runtimes.engine.tuner import Tuner
 
 if current_platform.is_cpu():

@@ -17,9 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zotune.errors import ModelError
-from zotune.runtimes.engine.tokenwise import Part, TokenMix, Tuned, TunedMatrix, TunedTable, TunedVector
+from zotune.runtimes.engine.densewise import DrawnMatrix, DrawnSpace, DrawnTable
+from zotune.runtimes.engine.tokens import Part, TunedVector
+from zotune.runtimes.engine.tokenwise import TokenSpace, TunedMatrix, TunedTable
 from zotune.runtimes.norms import Formula, normalised_, shown
 from zotune.runtimes.own_forward import own_forward
+
+Space = TokenSpace | DrawnSpace
+"""What moves the sites of an engine's modules."""
+
+Table = TunedTable | DrawnTable
+"""What tunes an embedding."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +53,20 @@ class Layer(ABC):
     """A wrapped module: what was there, and what it is tuned by.
 
     Attributes:
-        tuned: What of the module is.
+        tuned: What of the module is, as its `Space` has it.
         plain: Whether to do only what was there.
         calls: So far.
     """
 
     def __init__(self, path: str, module: Any) -> None:
         self.path, self.module = path, module
-        self.tuned: list[Tuned] = []
+        self.tuned: list[Any] = []
         self.plain = False
         self.calls = 0
 
     @abstractmethod
-    def tune(self, weights: Sequence[Part], biases: Sequence[Part], rank: int, mix: TokenMix) -> None:
-        """Add what these parts of weight and bias are tuned by.
+    def tune(self, weights: Sequence[Part], biases: Sequence[Part], space: Space) -> None:
+        """Add what these parts of weight and bias are tuned by, which is the space's.
 
         Raises:
             ModelError: The engine does not let a token have a bias of its own there.
@@ -84,7 +92,7 @@ class LinearLayer(Layer):
         weight: What it is tuned by.
     """
 
-    weight: TunedMatrix
+    weight: TunedMatrix | DrawnMatrix
 
     def __init__(self, path: str, module: Any) -> None:
         super().__init__(path, module)
@@ -96,11 +104,11 @@ class LinearLayer(Layer):
         self.shape = int(out), int(width)
         self.key = _LAYERS.add(self)
 
-    def tune(self, weights: Sequence[Part], biases: Sequence[Part], rank: int, mix: TokenMix) -> None:
+    def tune(self, weights: Sequence[Part], biases: Sequence[Part], space: Space) -> None:
         """See `Layer.tune`."""
         if not weights or getattr(self.module, "skip_bias_add", False):
             self._refuse(biases)
-        self.weight = TunedMatrix(weights, self.shape, rank, mix, biases)
+        self.weight = space.matrix(weights, self.shape, biases)
         self.tuned = [self.weight]
 
     def __getattr__(self, name: str) -> Any:
@@ -135,7 +143,7 @@ class TableLayer(Layer):
         weight: What it is tuned by.
     """
 
-    weight: TunedTable
+    weight: Table
 
     def __init__(self, path: str, module: Any) -> None:
         super().__init__(path, module)
@@ -143,10 +151,10 @@ class TableLayer(Layer):
         self.key = _LAYERS.add(self)
         self._forward = module.forward
 
-    def tune(self, weights: Sequence[Part], biases: Sequence[Part], rank: int, mix: TokenMix) -> None:
+    def tune(self, weights: Sequence[Part], biases: Sequence[Part], space: Space) -> None:
         """See `Layer.tune`; the bias of a head is added to logits."""
         self._refuse(biases)
-        self.weight = TunedTable(weights[0], len(self.module.weight), rank, mix)
+        self.weight = space.table(weights[0], len(self.module.weight))
         self.tuned = [self.weight]
 
     def __getattr__(self, name: str) -> Any:
@@ -208,10 +216,10 @@ class NormLayer(Layer):
         self.weight: TunedVector | None = None
         self.bias: TunedVector | None = None
 
-    def tune(self, weights: Sequence[Part], biases: Sequence[Part], rank: int, mix: TokenMix) -> None:
+    def tune(self, weights: Sequence[Part], biases: Sequence[Part], space: Space) -> None:
         """See `Layer.tune`."""
         self.weight, self.bias = (
-            TunedVector(parts, max(part.local.stop for part in parts), mix) if parts else None
+            TunedVector(parts, max(part.local.stop for part in parts), space.mix) if parts else None
             for parts in (weights, biases)
         )
         self.tuned = [each for each in (self.weight, self.bias) if each is not None]
@@ -281,7 +289,7 @@ class Head:
     def __init__(self, module: Any, owned: slice, scale: float, soft_cap: float | None) -> None:
         self.module, self.owned, self.scale, self.soft_cap = module, owned, scale, soft_cap
 
-    def logits(self, hidden: Tensor, mix: Tensor, table: TunedTable | None, vocabulary: Tensor | None) -> Tensor:
+    def logits(self, hidden: Tensor, mix: Tensor, table: Table | None, vocabulary: Tensor | None) -> Tensor:
         """Float32 logits ``(n, columns)`` of the rows that are here.
 
         Args:
@@ -307,13 +315,12 @@ _KINDS: dict[str, type[LinearLayer] | type[TableLayer] | type[NormLayer]] = {
 }
 
 
-def wrap(places: Sequence[Place], rank: int, mix: TokenMix) -> list[Layer]:
+def wrap(places: Sequence[Place], space: Space) -> list[Layer]:
     """Wrap the modules of these places; what was wrapped, in order.
 
     Args:
         places: One per site.
-        rank: Columns of a window's V.
-        mix: What each token sees; read by every layer.
+        space: What moves the sites; it is yet to be attached to what the layers are tuned by.
     """
     by_module: dict[str, list[Place]] = {}
     for place in places:
@@ -323,7 +330,7 @@ def wrap(places: Sequence[Place], rank: int, mix: TokenMix) -> list[Layer]:
         layer: Any = _KINDS[members[0].kind](path, members[0].module)
         weights = [place.part for place in members if place.parameter == "weight"]
         biases = [place.part for place in members if place.parameter == "bias"]
-        layer.tune(weights, biases, rank, mix)
+        layer.tune(weights, biases, space)
         layer.wrap()
         layers.append(layer)
     return layers

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from zotune import models
-from zotune.config import ModelConfig, RuntimeConfig
+from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
 from zotune.data import Dataset
-from zotune.errors import EngineError, JournalError, ModelError, reason
+from zotune.errors import ConfigError, EngineError, JournalError, ModelError, reason
 from zotune.evaluate import MAX_NEW_TOKENS
 from zotune.layout import Layout
 from zotune.optimizer import Method
-from zotune.presets import PRESETS
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
 from zotune.runtimes import precision, wire
@@ -114,12 +113,8 @@ class EngineRuntime:
             ModelError: vLLM cannot load the model, or a part of it cannot be tuned exactly.
             ConfigError: vLLM is not there, or not as it must be.
         """
-        if method.family != "low-rank":
-            fitting = ", ".join(name for name, preset in PRESETS.items() if preset.method.family == "low-rank")
-            raise ModelError(
-                "the vLLM runtime has low-rank directions only: dense ones would need every weight in plain form in "
-                f"every forward. Use one of the presets {fitting}, or runtime.type = 'torch'."
-            )
+        if dense := method.family == "dense":
+            _refuse_for_dense(options.vllm)
         weights = find_sites(model, method.scope)
         layout = Layout(tuple(weights))
         most = work.forward_tokens(options.max_tokens)
@@ -132,7 +127,7 @@ class EngineRuntime:
             max_tokens=most,
             max_rows=min(512, most),
             longest=min(max(work.longest, handshake.LONGEST), models.context_length(model)),
-            compile=options.vllm.compile,
+            compile=False if dense else options.vllm.compile,
             tensor_parallel=options.vllm.tensor_parallel,
             own_process=options.vllm.own_process,
             weight_bytes=sum(weight.numel() for weight in model.parameters()) * model.dtype.itemsize,
@@ -198,8 +193,7 @@ class EngineRuntime:
 
     def apply(self, update: Update) -> None:
         """Change the weights in factor space; fold at the end of a window."""
-        cuts = self.call("apply", wire.pack_update(update))[0]
-        self.window = update.window + update.closes_window
+        cuts, self.window = self.call("apply", wire.pack_update(update))[0]
         if cuts > self._cuts:
             self._note_cuts()
 
@@ -286,6 +280,25 @@ class EngineRuntime:
             launch.stop(self.llm)
             self._processes.cut()
         self.llm = None
+
+
+def _refuse_for_dense(options: EngineConfig) -> None:
+    """Refuse what directions have to be low-rank for.
+
+    Raises:
+        ConfigError: It is asked for.
+    """
+    refused = {
+        "compile": (options.compile, "its directions are drawn while a layer is called, so in no captured graph"),
+        "bank_rank": (options.bank_rank, "its updates have full rank, and go into the weights with every step"),
+        "adapters": (options.adapters != "none" and options.adapters, "its directions have full rank, slots do not"),
+    }
+    for name, (value, why) in refused.items():
+        if value:
+            raise ConfigError(
+                f"runtime.vllm.{name} = {str(value).lower()} means nothing for a preset with dense directions: {why}. "
+                "Leave it out, or use a low-rank preset, such as lozo."
+            )
 
 
 def _floats(data: bytes, probes: int) -> np.ndarray:

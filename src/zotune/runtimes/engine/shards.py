@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.runtimes.engine.tokenwise import Part
+from zotune.runtimes.engine.tokens import Part
 
 
 def pack(part: Part) -> list[Any]:

@@ -1,7 +1,6 @@
 """Low-rank perturbation, token by token: what the wrapped layers of an inference engine compute.
 
-An engine decides where a token lies in a forward, pads the forward, and may capture it as a graph. So every token
-carries its own mixture here, in one static buffer that all layers read: column 0 is the update accumulated in this
+Every token has a mixture of its own (`zotune.runtimes.engine.tokens`): column 0 is the update accumulated in this
 window, column j the j-th direction in flight. A linear layer computes
 
     y = x W^T + sum_j (mix[:, j] * x V) Phi_j^T,    Phi_0 = B,  Phi_j = eps U_j,  mix = 1 and -1, 0, +1
@@ -14,16 +13,16 @@ graph needs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zotune.layout import Site
-from zotune.protocol import DirectionKey, Probe, Update
+from zotune.optimizer import Method
+from zotune.protocol import Probe, Update
 from zotune.runtimes.engine.scatter import Scatter
+from zotune.runtimes.engine.tokens import Part, TokenMix, TunedVector
 from zotune.runtimes.folding.fold import Fold
 from zotune.runtimes.spaces.lowrank import LowRankMatrix, LowRankSpace
 from zotune.runtimes.spaces.mixture import Lookup
@@ -31,84 +30,6 @@ from zotune.runtimes.spaces.skinny import filled
 
 if TYPE_CHECKING:
     from zotune.runtimes.engine.bank import Bank
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where a site lies in a module of the engine, which may hold several sites or a shard of one.
-
-    Attributes:
-        site: The site.
-        local: Rows of the module's weight, or elements of its vector.
-        rows: The site's own rows that these are: a slice, or indices where they are not side by side.
-        columns: The site's own columns.
-    """
-
-    site: Site
-    local: slice
-    rows: slice | Tensor
-    columns: slice = field(default_factory=lambda: slice(None))
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This part's rows of a tensor whose first axis runs over the site's."""
-        return tensor[self.rows]
-
-
-class TokenMix:
-    """How every token of a forward mixes update and directions.
-
-    Args:
-        tokens: Most tokens of a forward.
-        directions: Most directions in flight.
-        dtype: The model's.
-        device: Where the model is.
-
-    Attributes:
-        mixtures: All that there are, float32 ``(1 + 2 * directions, 1 + directions)``; see `number`.
-        which: The number of every token's mixture, int64 ``(tokens,)``.
-        exact: Every token's mixture, float32 ``(tokens, 1 + directions)``.
-    """
-
-    def __init__(self, tokens: int, directions: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.mixtures = torch.zeros(1 + 2 * directions, 1 + directions, device=device)
-        self.mixtures[:, 0] = 1.0
-        for column in range(1, 1 + directions):
-            for sign in (1, -1):
-                self.mixtures[self.number(column, sign), column] = sign
-        self.which = torch.zeros(tokens, dtype=torch.int64, device=device)
-        self.exact = self.mixtures[self.which]
-        self.dtype, self.device = dtype, device
-        self._spread: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    @staticmethod
-    def number(column: int, sign: int) -> int:
-        """Of the mixture of the update and ``sign`` times a column's direction; 0 is the update alone."""
-        return 2 * column - (sign > 0) if sign else 0
-
-    @property
-    def columns(self) -> int:
-        """Of every token's mixture."""
-        return self.exact.shape[1]
-
-    def spread(self, width: int, size: int) -> Tensor:
-        """Every token's mixture in the model's dtype, each number so many times, then zeros: ``(tokens, size)``."""
-        key = width, size
-        if key not in self._spread:
-            repeated = self.mixtures.repeat_interleave(width, 1).to(self.dtype)
-            mixtures = F.pad(repeated, (0, size - repeated.shape[1]))
-            self._spread[key] = mixtures, mixtures[self.which]
-        return self._spread[key][1]
-
-    def show(self, numbers: Tensor) -> None:
-        """Give the first tokens the mixtures of these numbers, int64."""
-        tokens = len(numbers)
-        self.which[:tokens] = numbers
-        for mixtures, shown in ((self.mixtures, self.exact), *self._spread.values()):
-            shown[:tokens] = mixtures[numbers]
-
-    def clear(self, tokens: int) -> None:
-        """Make the first tokens clean again: the update alone."""
-        self.show(torch.zeros_like(self.which[:tokens]))
 
 
 class Columns:
@@ -139,36 +60,6 @@ class Columns:
 
     def _own(self, index: int) -> slice:
         return slice(index * self.budget, (index + 1) * self.budget)
-
-
-class TunedVector:
-    """Gains or biases ``(n,)`` of a norm, as every token sees them: what they are, plus its mixture of ``phi``."""
-
-    def __init__(self, parts: Sequence[Part], size: int, mix: TokenMix) -> None:
-        self.parts, self.mix = tuple(parts), mix
-        self.phi = torch.zeros(mix.columns, size, device=mix.exact.device)
-        self.keep = torch.ones((), device=mix.exact.device)
-        self.decays = False
-
-    def show(self, column: int, factors: Mapping[Site, Tensor]) -> None:
-        """Take one column's change of every part."""
-        for part in self.parts:
-            self.phi[column, part.local] = part.of(factors[part.site])
-
-    @property
-    def vectors(self) -> tuple[Part, ...]:
-        """The parts that are vectors."""
-        return self.parts
-
-    def vector(self) -> Tensor:
-        """What is shown of their update, ``(n,)``."""
-        return self.phi[0]
-
-    def seen(self, stored: Tensor, tokens: int) -> Tensor:
-        """What the first tokens see of what is ``stored``, float32 ``(n,)``: float32 ``(tokens, n)``."""
-        # There are few mixtures and many tokens, so every mixture is worked out once.
-        of_mixtures = torch.addmm(stored, self.mix.mixtures, self.phi)
-        return of_mixtures.index_select(0, self.mix.which[:tokens])
 
 
 class TunedMatrix:
@@ -305,21 +196,35 @@ Tuned = TunedVector | TunedMatrix | TunedTable
 
 
 class TokenSpace(LowRankSpace):
-    """A low-rank space whose factors are copied into the static buffers of an engine's modules."""
+    """A low-rank space whose factors are copied into the static buffers of an engine's modules.
 
-    def attach(self, modules: Sequence[Tuned], mix: TokenMix) -> None:
+    Args:
+        sites: Of the layout, in order.
+        method: What to tune, and how directions look.
+        seed: The run's seed.
+        mix: What each token sees.
+    """
+
+    def __init__(self, sites: Sequence[Site], method: Method, seed: int, mix: TokenMix) -> None:
+        super().__init__(sites, method, seed, mix.device)
+        self.mix = mix
+
+    def matrix(self, parts: Sequence[Part], shape: tuple[int, int], biases: Sequence[Part] = ()) -> TunedMatrix:
+        """What tunes the linear weight of a module, and its bias; see `TunedMatrix`."""
+        return TunedMatrix(parts, shape, self.method.rank, self.mix, biases)
+
+    def table(self, part: Part, rows: int) -> TunedTable:
+        """What tunes an embedding of so many rows."""
+        return TunedTable(part, rows, self.method.rank, self.mix)
+
+    def attach(self, modules: Sequence[Tuned]) -> None:
         """Let these modules follow all that moves here from now on."""
-        self.modules, self.mix = tuple(modules), mix
+        self.modules = tuple(modules)
         self._scatter = Scatter(self.modules, tuple(self.sites), self.directions.factors)
         self.bank: Bank | None = None
         for module in modules:
             module.decays = bool(self.method.weight_decay) and module.parts[0].site.decays
         self._refresh_window()
-
-    def column_of(self, probes: Sequence[Probe]) -> dict[tuple[DirectionKey, float], int]:
-        """The column of every direction of these probes."""
-        moved = dict.fromkeys((probe.key, probe.eps) for probe in probes if probe.key is not None)
-        return {direction: column for column, direction in enumerate(moved, start=1)}
 
     def probe(self, probes: Sequence[Probe]) -> None:
         """Make the modules hold the directions of these probes; `TokenMix` says which token sees which.
@@ -327,10 +232,7 @@ class TokenSpace(LowRankSpace):
         Raises:
             ValueError: A probe is not of the current window, or there are more directions than columns.
         """
-        columns = self.column_of(probes)
-        if len(columns) >= self.mix.columns:
-            raise ValueError(f"got {len(columns)} directions at once, room is for {self.mix.columns - 1}")
-        for (key, eps), column in columns.items():
+        for (key, eps), column in self.mix.column_of(probes).items():
             self._scatter.show(column, self._draw(key) * eps)
 
     def shift(self, probe: Probe) -> dict[Site, Tensor]:
@@ -342,11 +244,9 @@ class TokenSpace(LowRankSpace):
         flat = torch.zeros_like(self.factors) if probe.key is None else self._draw(probe.key) * (probe.sign * probe.eps)
         return dict(zip(self.sites, self.directions.factors.views(flat), strict=True))
 
-    def numbers(self, probes: Sequence[Probe]) -> Tensor:
-        """The number of the mixture of each probe's tokens, int64 ``(probes,)``; see `TokenMix.number`."""
-        columns = self.column_of(probes)
-        found = [0 if p.key is None else self.mix.number(columns[p.key, p.eps], p.sign) for p in probes]
-        return torch.tensor(found, device=self.device)
+    def goes_into_weights(self, update: Update) -> bool:
+        """Whether weights change by this update: at the end of a window."""
+        return update.closes_window
 
     def apply(self, update: Update, weights: Mapping[Site, Tensor], fold: Fold) -> None:
         """As `LowRankSpace.apply`; the modules show the new update at once."""

@@ -19,8 +19,10 @@ from zotune.runtimes import precision, wire
 from zotune.runtimes.engine import shards, worker_settings
 from zotune.runtimes.engine.bank import Bank
 from zotune.runtimes.engine.batch import Batch, Prepared
-from zotune.runtimes.engine.layers import Head, Layer, NormLayer, Place, TableLayer, wrap
-from zotune.runtimes.engine.tokenwise import TokenMix, TokenSpace, TunedTable
+from zotune.runtimes.engine.densewise import DrawnSpace
+from zotune.runtimes.engine.layers import Head, Layer, NormLayer, Place, Space, Table, TableLayer, wrap
+from zotune.runtimes.engine.tokens import TokenMix
+from zotune.runtimes.engine.tokenwise import TokenSpace
 from zotune.runtimes.engine.weights import Weights
 from zotune.runtimes.folding.fold import StochasticFold
 from zotune.runtimes.packing import ACTIVATIONS, cut
@@ -56,9 +58,10 @@ class Tuner:
         self.mix = TokenMix(
             engine.max_tokens, min(self.method.directions, MOST_DIRECTIONS), engine.dtype, engine.device
         )
-        self.layers: list[Layer] = wrap(self.places, self.method.rank, self.mix)
-        self.space = TokenSpace(sites, self.method, self._seed, engine.device)
-        self.space.attach([tuned for layer in self.layers for tuned in layer.tuned], self.mix)
+        kind = TokenSpace if self.method.family == "low-rank" else DrawnSpace
+        self.space: Space = kind(sites, self.method, self._seed, self.mix)
+        self.layers: list[Layer] = wrap(self.places, self.space)
+        self.space.attach([tuned for layer in self.layers for tuned in layer.tuned])
         self.head = engine.head()
         self._table = _table_of(self.head, self.layers)
         if self._table is not None and all(layer.module is not self.head.module for layer in self.layers):
@@ -85,13 +88,17 @@ class Tuner:
         """The update bank, if there is to be one."""
         found = {place.part.site: self.engine.quantisation(place) for place in self.places}
         fixed = {site: how for site, how in found.items() if how is not None}
-        if budget:
+        low_rank = isinstance(self.space, TokenSpace)
+        if budget and isinstance(self.space, TokenSpace):
             return Bank(self.space, budget, fixed, lambda: self.weights)
         for site, how in fixed.items():
+            way = (
+                f"Set runtime.vllm.bank_rank, for example to {32 * self.method.rank}: the update bank keeps them "
+                "beside the weight."
+            )
             raise ModelError(
                 f"{site.name} is quantised ({how}), as are {len(fixed) - 1} more of {len(found)} sites, so there is no "
-                "weight to fold updates into. Set runtime.vllm.bank_rank, for example to "
-                f"{32 * self.method.rank}: the update bank keeps them beside the weight."
+                f"weight to put updates into. {way if low_rank else 'Use a low-rank preset, such as lozo.'}"
             )
         return None
 
@@ -142,7 +149,7 @@ class Tuner:
     ) -> tuple[np.ndarray, np.ndarray]:
         with self.timings.timed("draw"):
             self.space.probe(probes)
-            numbers = self.space.numbers(probes)
+            numbers = self.mix.numbers(probes)
         parts = [
             self._forward(rows[part], numbers, whole) for part in cut(costs, self.engine.max_tokens // len(probes))
         ]
@@ -190,17 +197,18 @@ class Tuner:
         owned, width = self.head.owned, self.head.module.weight.shape[1]
         return cost + len(row.kept) * (owned.stop - owned.start) // (ACTIVATIONS * width)
 
-    def on_apply(self, update: Any) -> int:
-        """Change the weights; how often the update bank has been cut so far."""
+    def on_apply(self, update: Any) -> tuple[int, int]:
+        """Change the weights; how often the update bank has been cut so far, and which window it is now."""
         given = wire.update(update)
-        with self.timings.timed("fold" if given.closes_window else "apply"):
-            if not given.closes_window:
+        folds = self.space.goes_into_weights(given)
+        with self.timings.timed("fold" if folds else "apply"):
+            if not folds:
                 self.space.apply(given, {}, StochasticFold(self._seed))
             elif self._bank is not None:
                 self._bank.apply(given)
             else:
                 self.weights.apply(self.space, given)
-        return 0 if self._bank is None else len(self._bank.errors)
+        return 0 if self._bank is None else len(self._bank.errors), self.space.window
 
     def on_state_names(self) -> list[str]:
         """Names of the tensors of a checkpoint."""
@@ -236,6 +244,7 @@ class Tuner:
 
     def on_write_slot(self, number: int, probe: Any) -> None:
         """Let an adapter slot show a probe."""
+        assert isinstance(self.space, TokenSpace)
         shift = self.space.shift(wire.probe(probe))
         for place in self.places:
             part, state = place.part, self.space.sites[place.part.site]
@@ -292,7 +301,7 @@ class Tuner:
         return dict(self.timings)
 
 
-def _table_of(head: Head, layers: Sequence[Layer]) -> TunedTable | None:
+def _table_of(head: Head, layers: Sequence[Layer]) -> Table | None:
     """What tunes the output head: its own site, or that of the embedding that it is tied to."""
     for layer in layers:
         if isinstance(layer, TableLayer) and layer.module.weight is head.module.weight:

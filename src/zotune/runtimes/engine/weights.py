@@ -12,8 +12,8 @@ from torch import Tensor
 from zotune.layout import Site
 from zotune.protocol import Update
 from zotune.runtimes.engine import shards
-from zotune.runtimes.engine.layers import Place
-from zotune.runtimes.engine.tokenwise import Part, TokenSpace
+from zotune.runtimes.engine.layers import Place, Space
+from zotune.runtimes.engine.tokens import Part
 from zotune.runtimes.folding.fold import Fold, MasterFold, StochasticFold, chosen_fold
 from zotune.runtimes.folding.move import Move
 
@@ -52,10 +52,10 @@ class Weights:
         }
         self.fold = ShardFold(chosen_fold(fold, seed, self.views), self.parts)
 
-    def apply(self, space: TokenSpace, update: Update) -> None:
+    def apply(self, space: Space, update: Update) -> None:
         """Let the space move by the update; after a fold the engine has the new weights."""
         space.apply(update, self.views, self.fold)
-        if update.closes_window:
+        if space.goes_into_weights(update):
             self.repack()
 
     def repack(self) -> None:

@@ -132,7 +132,10 @@ class DenseSpace:
         """Continue at this step."""
         self.window = window
 
-    def _draw(self, key: DirectionKey, site: Site) -> Draw:
+    def _require(self, key: DirectionKey) -> None:
         if key.window != self.window:
             raise ValueError(f"got a direction of window {key.window}, but the current window is {self.window}")
+
+    def _draw(self, key: DirectionKey, site: Site) -> Draw:
+        self._require(key)
         return partial(self.directions.draw, key, site)
