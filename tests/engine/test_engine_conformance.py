@@ -13,8 +13,9 @@ from zotune.testing import conformance
 from zotune.testing.conformance import Case
 
 FAMILIES = ("opt", "llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3", "mistral")
-METHODS = [name for name, method in conformance.METHODS.items() if method.lora_rank is None]
-QUICK = [("opt", "all"), ("qwen3", "all"), ("gemma2", "all"), ("gemma3", "decay"), ("opt", "dense"), ("gpt2", "dense")]
+METHODS = list(conformance.METHODS)
+QUICK = [("opt", "all"), ("qwen3", "all"), ("gemma2", "all"), ("gemma3", "decay")]
+DENSE = [("opt", "dense"), ("llama", "lora")]
 FEW = (conformance.check_probes, conformance.check_updates, conformance.check_generate)
 
 
@@ -28,7 +29,7 @@ def test_llama_passes_every_check(check: Callable[[Case], None]) -> None:
     _check("llama", "all", check)
 
 
-@pytest.mark.parametrize(("family", "method"), QUICK)
+@pytest.mark.parametrize(("family", "method"), QUICK + DENSE)
 @pytest.mark.parametrize("check", FEW[:2], ids=lambda check: check.__name__)
 def test_families(family: str, method: str, check: Callable[[Case], None]) -> None:
     _check(family, method, check)

@@ -60,10 +60,10 @@ class DrawnMatrix:
 
     keep, decays = torch.ones(()), False
 
-    def __init__(self, parts: Sequence[Part], shape: tuple[int, int], mix: TokenMix, biases: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], mix: TokenMix, biases: Sequence[Part] = (), out: int = 0) -> None:
         self.parts, self.vectors, self.mix = tuple(parts), tuple(biases), mix
         self.moved: Sequence[Moved] = ()
-        self._bias = TunedVector(biases, shape[0], mix) if biases else None
+        self._bias = TunedVector(biases, out, mix) if biases else None
 
     def show(self, column: int, factors: Mapping[Site, Tensor]) -> None:
         """Take one column's changes ``(out,)`` of every bias."""
@@ -82,6 +82,31 @@ class DrawnMatrix:
         if biased and self._bias is not None:
             y.add_(self._bias.seen(torch.zeros_like(self._bias.phi[0]), len(x)))
         return y
+
+
+class DrawnPair:
+    """LoRA matrices A ``(r, in)`` and B ``(out, r)`` beside some outputs of a module.
+
+    Args:
+        where: The outputs.
+        scale: Factor of what they add.
+        stored: A and B.
+        parts: Of their sites.
+        mix: What each token sees.
+
+    Attributes:
+        tuned: What moves A, and B.
+    """
+
+    def __init__(self, where: slice, scale: float, stored: Sequence[Tensor], parts: Sequence[Part], mix: TokenMix):
+        self._where, self._scale, (self._down, self._up) = where, scale, stored
+        self.tuned = [DrawnMatrix([part], mix) for part in parts]
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add ``scale * B_n A_n x`` of every token n to ``y (tokens, out)``, in place; ``x`` is ``(tokens, in)``."""
+        down, up = self.tuned
+        inner = down.add_to(x @ self._down.T, x).mul_(self._scale)
+        up.add_to(y[:, self._where].addmm_(inner, self._up.T), inner)
 
 
 class DrawnTable:
@@ -139,7 +164,7 @@ class DrawnSpace(DenseSpace):
 
     def matrix(self, parts: Sequence[Part], shape: tuple[int, int], biases: Sequence[Part] = ()) -> DrawnMatrix:
         """What tunes the linear weight of a module, and its bias."""
-        return DrawnMatrix(parts, shape, self.mix, biases)
+        return DrawnMatrix(parts, self.mix, biases, shape[0])
 
     def table(self, part: Part, rows: int) -> DrawnTable:
         """What tunes an embedding of so many rows."""

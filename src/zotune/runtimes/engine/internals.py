@@ -35,7 +35,8 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.runtimes.engine import slots
-from zotune.runtimes.engine.layers import Head, LinearLayer, Place
+from zotune.runtimes.engine.head import Head
+from zotune.runtimes.engine.layers import LinearLayer, Place
 from zotune.runtimes.engine.lifeline import follow
 from zotune.runtimes.engine.tokens import Part
 from zotune.runtimes.engine.tuner import Tuner

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zotune.errors import ModelError
-from zotune.runtimes.engine.densewise import DrawnMatrix, DrawnSpace, DrawnTable
+from zotune.runtimes.engine.densewise import DrawnMatrix, DrawnPair, DrawnSpace, DrawnTable
 from zotune.runtimes.engine.tokens import Part, TunedVector
 from zotune.runtimes.engine.tokenwise import TokenSpace, TunedMatrix, TunedTable
 from zotune.runtimes.norms import Formula, normalised_, shown
@@ -37,9 +37,10 @@ class Place:
     Attributes:
         path: The module's name in the engine.
         module: The module.
-        parameter: The parameter's name in it, ``weight`` or ``bias``.
-        kind: ``linear``, ``table`` (an embedding) or ``norm``.
+        parameter: The parameter's name in it, ``weight`` or ``bias``; of a LoRA matrix that of its site.
+        kind: ``linear``, ``table`` (an embedding), ``norm`` or ``lora``.
         part: Where in the parameter.
+        base: Of a LoRA matrix, the place of the weight that it stands beside.
     """
 
     path: str
@@ -47,6 +48,13 @@ class Place:
     parameter: str
     kind: str
     part: Part
+    base: Place | None = None
+
+
+def _parts(places: Sequence[Place]) -> tuple[list[Part], list[Part]]:
+    """The parts of a module's weight, and of its bias."""
+    weights, biases = ([p.part for p in places if p.parameter == name] for name in ("weight", "bias"))
+    return weights, biases
 
 
 class Layer(ABC):
@@ -65,8 +73,8 @@ class Layer(ABC):
         self.calls = 0
 
     @abstractmethod
-    def tune(self, weights: Sequence[Part], biases: Sequence[Part], space: Space) -> None:
-        """Add what these parts of weight and bias are tuned by, which is the space's.
+    def tune(self, places: Sequence[Place], space: Space) -> None:
+        """Add what tunes the sites at these places of the module, which is the space's.
 
         Raises:
             ModelError: The engine does not let a token have a bias of its own there.
@@ -104,8 +112,9 @@ class LinearLayer(Layer):
         self.shape = int(out), int(width)
         self.key = _LAYERS.add(self)
 
-    def tune(self, weights: Sequence[Part], biases: Sequence[Part], space: Space) -> None:
+    def tune(self, places: Sequence[Place], space: Space) -> None:
         """See `Layer.tune`."""
+        weights, biases = _parts(places)
         if not weights or getattr(self.module, "skip_bias_add", False):
             self._refuse(biases)
         self.weight = space.matrix(weights, self.shape, biases)
@@ -151,8 +160,9 @@ class TableLayer(Layer):
         self.key = _LAYERS.add(self)
         self._forward = module.forward
 
-    def tune(self, weights: Sequence[Part], biases: Sequence[Part], space: Space) -> None:
+    def tune(self, places: Sequence[Place], space: Space) -> None:
         """See `Layer.tune`; the bias of a head is added to logits."""
+        weights, biases = _parts(places)
         self._refuse(biases)
         self.weight = space.table(weights[0], len(self.module.weight))
         self.tuned = [self.weight]
@@ -216,11 +226,11 @@ class NormLayer(Layer):
         self.weight: TunedVector | None = None
         self.bias: TunedVector | None = None
 
-    def tune(self, weights: Sequence[Part], biases: Sequence[Part], space: Space) -> None:
+    def tune(self, places: Sequence[Place], space: Space) -> None:
         """See `Layer.tune`."""
         self.weight, self.bias = (
             TunedVector(parts, max(part.local.stop for part in parts), space.mix) if parts else None
-            for parts in (weights, biases)
+            for parts in _parts(places)
         )
         self.tuned = [each for each in (self.weight, self.bias) if each is not None]
 
@@ -276,40 +286,32 @@ class NormLayer(Layer):
         return found
 
 
-class Head:
-    """The output head, float32 and only where it is asked for.
+class LoraLayer(LinearLayer):
+    """A linear layer with LoRA matrices beside it, which are tuned in its place; see `zotune.runtimes.engine.lora`."""
 
-    Args:
-        module: Holds the weight, perhaps a shard of the vocabulary, and perhaps a bias.
-        owned: Token ids whose rows are here.
-        scale: Factor of the logits.
-        soft_cap: Bound of the logits before scaling, or None.
-    """
+    def tune(self, places: Sequence[Place], space: Space) -> None:
+        """See `Layer.tune`."""
+        assert space.method.lora_rank is not None
+        scale, self.pairs = space.method.lora_alpha / space.method.lora_rank, []
+        # Of one layer after the other A, then B, as PEFT has them.
+        for down, up in zip(places[::2], places[1::2], strict=True):
+            assert down.base is not None
+            stored = [getattr(self.module, each.parameter) for each in (down, up)]
+            self.pairs.append(DrawnPair(down.base.part.local, scale, stored, (down.part, up.part), space.mix))
+        self.tuned = [each for pair in self.pairs for each in pair.tuned]
 
-    def __init__(self, module: Any, owned: slice, scale: float, soft_cap: float | None) -> None:
-        self.module, self.owned, self.scale, self.soft_cap = module, owned, scale, soft_cap
-
-    def logits(self, hidden: Tensor, mix: Tensor, table: Table | None, vocabulary: Tensor | None) -> Tensor:
-        """Float32 logits ``(n, columns)`` of the rows that are here.
-
-        Args:
-            hidden: float32 ``(n, width)``.
-            mix: The mixture of each, float32 ``(n, columns)``.
-            table: What the head is tuned by; None where it is not.
-            vocabulary: Which of the rows that are here to score; None for all.
-        """
-        count = self.owned.stop - self.owned.start
-        weight = (self.module.weight[:count] if vocabulary is None else self.module.weight[vocabulary]).float()
-        y = hidden @ weight.T if table is None else table.logits(hidden, mix, weight, vocabulary)
-        if (bias := getattr(self.module, "bias", None)) is not None:
-            y += (bias[:count] if vocabulary is None else bias[vocabulary]).float()
-        if self.soft_cap is not None:
-            y = torch.tanh(y / self.soft_cap) * self.soft_cap
-        return y * self.scale
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `LinearLayer.run`."""
+        self.calls += 1
+        y: Tensor = self.base.apply(self.module, x, bias)
+        for pair in () if self.plain else self.pairs:
+            pair.add_to(y, x)
+        return y
 
 
 _KINDS: dict[str, type[LinearLayer] | type[TableLayer] | type[NormLayer]] = {
     "linear": LinearLayer,
+    "lora": LoraLayer,
     "table": TableLayer,
     "norm": NormLayer,
 }
@@ -328,9 +330,7 @@ def wrap(places: Sequence[Place], space: Space) -> list[Layer]:
     layers = []
     for path, members in by_module.items():
         layer: Any = _KINDS[members[0].kind](path, members[0].module)
-        weights = [place.part for place in members if place.parameter == "weight"]
-        biases = [place.part for place in members if place.parameter == "bias"]
-        layer.tune(weights, biases, space)
+        layer.tune(members, space)
         layer.wrap()
         layers.append(layer)
     return layers

@@ -17,12 +17,12 @@ from zotune.config import EngineConfig, ModelConfig, RuntimeConfig
 from zotune.data import Dataset
 from zotune.errors import ConfigError, EngineError, JournalError, ModelError, reason
 from zotune.evaluate import MAX_NEW_TOKENS
-from zotune.layout import Layout
+from zotune.layout import Layout, Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe, Update
 from zotune.rows import Row
 from zotune.runtimes import precision, wire
-from zotune.runtimes.embedded import EmbeddedRuntime, twin
+from zotune.runtimes.embedded import EmbeddedRuntime, lora, twin
 from zotune.runtimes.engine import checkpoint_layout, handshake, launch, shards, slots, worker_settings
 from zotune.runtimes.engine.bank import settled
 from zotune.runtimes.engine.batch import Prepared
@@ -115,8 +115,11 @@ class EngineRuntime:
         """
         if dense := method.family == "dense":
             _refuse_for_dense(options.vllm)
-        weights = find_sites(model, method.scope)
-        layout = Layout(tuple(weights))
+        # Before anything is added to the model.
+        fingerprint = checkpoint_layout.fingerprint(config, model)
+        weights = find_sites(model, method.scope if method.lora_rank is None else "linear")
+        fresh = {} if method.lora_rank is None else _added(model, method, seed)
+        layout = Layout(tuple(fresh or weights))
         most = work.forward_tokens(options.max_tokens)
         settings = worker_settings.pack(method, layout, seed, options)
         start = partial(
@@ -138,9 +141,12 @@ class EngineRuntime:
         )
         llm, processes = Lifeline.around(start)
         embedded = partial(twin, config, method, seed=seed, fold=options.fold)
-        runtime = cls(llm, layout, checkpoint_layout.fingerprint(config, model), embedded, processes)
+        runtime = cls(llm, layout, fingerprint, embedded, processes)
         try:
-            handshake.check(runtime, {site.name: each for site, each in weights.items() if not each.is_meta}, model)
+            for site, tensor in fresh.items():
+                runtime.call("begin", site.name, wire.pack_tensor(tensor))
+            known = {site.name: each for site, each in (weights | fresh).items() if not each.is_meta}
+            handshake.check(runtime, known, model)
             if options.vllm.adapters == "lora":
                 runtime.slots = slots.Slots(runtime)
         except BaseException:
@@ -280,6 +286,23 @@ class EngineRuntime:
             launch.stop(self.llm)
             self._processes.cut()
         self.llm = None
+
+
+def _added(model: Any, method: Method, seed: int) -> dict[Site, Tensor]:
+    """LoRA matrices, added to the driver's model as PEFT does; its own weights are only read.
+
+    Raises:
+        ModelError: The model has no layers for them, or its own weights are quantised.
+    """
+    assert method.lora_rank is not None
+    lora.add(model, method.lora_rank, method.lora_alpha, seed)
+    found = find_sites(model, method.scope, lora=True)
+    if any(tensor.is_meta for tensor in found.values()):
+        raise ModelError(
+            "LoRA matrices are made for weights in plain form, and this model's are quantised. Use a low-rank preset, "
+            "such as lozo, with runtime.vllm.bank_rank, or an unquantised model."
+        )
+    return found
 
 
 def _refuse_for_dense(options: EngineConfig) -> None:

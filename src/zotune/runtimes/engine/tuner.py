@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from zotune.errors import ModelError, reason
+from zotune.layout import Site
 from zotune.optimizer import Method
 from zotune.protocol import Probe
 from zotune.runtimes import precision, wire
-from zotune.runtimes.engine import shards, worker_settings
+from zotune.runtimes.engine import lora, shards, worker_settings
 from zotune.runtimes.engine.bank import Bank
 from zotune.runtimes.engine.batch import Batch, Prepared
 from zotune.runtimes.engine.densewise import DrawnSpace
-from zotune.runtimes.engine.layers import Head, Layer, NormLayer, Place, Space, Table, TableLayer, wrap
+from zotune.runtimes.engine.head import Head
+from zotune.runtimes.engine.layers import Layer, NormLayer, Place, Space, Table, TableLayer, wrap
 from zotune.runtimes.engine.tokens import TokenMix
 from zotune.runtimes.engine.tokenwise import TokenSpace
 from zotune.runtimes.engine.weights import Weights
@@ -54,7 +56,7 @@ class Tuner:
         self.engine, self.method = engine, Method(**settings["method"])
         self._seed, self._fold = settings["seed"], settings["fold"]
         sites = [worker_settings.site(each) for each in settings["sites"]]
-        self.places = engine.locate(sites)
+        self.places = self._located(sites)
         self.mix = TokenMix(
             engine.max_tokens, min(self.method.directions, MOST_DIRECTIONS), engine.dtype, engine.device
         )
@@ -84,6 +86,14 @@ class Tuner:
             self._weights = Weights(plain, self.engine.plain, self.engine.repack, self._seed, self._fold)
         return self._weights
 
+    def _located(self, sites: Sequence[Site]) -> list[Place]:
+        """Where each site is; LoRA matrices are made."""
+        if self.method.lora_rank is None:
+            return self.engine.locate(sites)
+        bases = lora.bases(sites)
+        places = dict(zip(bases, self.engine.locate(list(bases.values())), strict=True))
+        return lora.beside(places, sites, self.engine.dtype, self.engine.device)
+
     def _banked(self, budget: int) -> Bank | None:
         """The update bank, if there is to be one."""
         found = {place.part.site: self.engine.quantisation(place) for place in self.places}
@@ -106,6 +116,13 @@ class Tuner:
         """Call one of the methods ``on_...``, which are the driver's."""
         with torch.inference_mode():
             return getattr(self, f"on_{method}")(*args)
+
+    def on_begin(self, name: str, tensor: Any) -> None:
+        """Take what a LoRA matrix is to begin with, whole."""
+        for place in self.places:
+            if place.part.site.name == name:
+                stored: Tensor = getattr(place.module, place.parameter)
+                stored.copy_(shards.take(wire.tensor(tensor), place.part.rows, place.part.columns))
 
     def on_rows(self, rows: Mapping[Any, Any]) -> None:
         """Take rows to score later, by number.
@@ -258,11 +275,15 @@ class Tuner:
             layer.plain = plain
 
     def on_samples(self) -> dict[str, tuple[Any, Any, int | None]]:
-        """Some elements of every site: a column's beginning of a matrix, and which; or a vector's beginning."""
-        return {place.part.site.name: self._sample(place) for place in self.places}
+        """Some elements of every site: a column's beginning of a matrix, and which; or a vector's beginning.
+
+        Also of the weights that LoRA matrices stand beside: their order is that of the matrices' outputs.
+        """
+        beside = [place.base for place in self.places if place.base is not None]
+        return {place.part.site.name: self._sample(place) for place in (*self.places, *beside)}
 
     def _sample(self, place: Place) -> tuple[Any, Any, int | None]:
-        column = 1 if place.part.site.is_matrix else None
+        column = min(1, place.part.site.shape[1] - 1) if place.part.site.is_matrix else None
         try:
             sample = self.engine.sample(place, column)[place.part.local][:_SAMPLES]
         # What is missing of a build of vLLM shows when a layer is first used.
