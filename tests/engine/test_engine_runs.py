@@ -71,8 +71,10 @@ def _checkpoint(config: Config) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_either_runtime_replays_the_other_ones_journal(run_on: Callable[..., Config]) -> None:
-    engine, embedded = run_on("vllm", "engine"), run_on("torch", "embedded")
+@pytest.mark.parametrize("preset", ["lozo", "mezo", "mezo-lora"])
+def test_either_runtime_replays_the_other_ones_journal(run_on: Callable[..., Config], preset: str) -> None:
+    method: dict[str, Any] = {} if preset == "lozo" else {"preset": preset, "interval": None}
+    engine, embedded = (run_on(kind, kind).having("method", **method) for kind in ("vllm", "torch"))
     for config in (engine, embedded):
         zotune.start(config, Recorder())
     losses = [
@@ -113,9 +115,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(run_on: Callable[..., Confi
     assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
-def test_presets_that_vllm_cannot_run_are_refused_before_it_starts(run_on: Callable[..., Config]) -> None:
-    config = run_on("vllm", "dense")
-    dense = config.having("method", preset="mezo", interval=None)
-    with pytest.raises(zotune.ZotuneError, match="low-rank directions only"):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"compile": True}, r"vllm\.compile = true means nothing.*no captured graph"),
+        ({"bank_rank": 8}, r"vllm\.bank_rank = 8 means nothing.*full rank.*low-rank preset, such as lozo"),
+        ({"adapters": "lora"}, r"vllm\.adapters = lora means nothing.*slots"),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_what_is_for_low_rank_directions_is_refused_for_others(
+    run_on: Callable[..., Config], setting: dict[str, Any], message: str
+) -> None:
+    dense = run_on("vllm", "dense", vllm=setting).having("method", preset="mezo", interval=None)
+    with pytest.raises(zotune.ZotuneError, match=message):
         zotune.start(dense, Recorder())
     assert not Path(dense.output).exists()

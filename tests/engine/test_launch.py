@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,13 @@ def test_copies_on_the_host_take_nothing_of_a_gpu_and_factors_are_whole_on_every
     whole = 4 * 2 * (1000 + 1000 + 500)
     assert memory.factor_bytes(plain, 2, shards=8, host=False) > whole
     assert memory.factor_bytes(plain, 2, shards=8, host=False) < memory.factor_bytes(plain, 2, **on_gpu)
+
+
+def test_dense_directions_take_the_largest_site_s_room_and_no_factors() -> None:
+    sites = Site("small.weight", (10, 50)), Site("large.weight", (1000, 500))
+    dense = settings(sites) | {"method": asdict(Method(family="dense"))}
+    assert memory.factor_bytes(dense, 2, shards=1, host=False) == (8 + 2) * 1000 * 500
+    assert memory.factor_bytes(dense, 2, shards=1, host=True) == (8 + 2) * 1000 * 500 + 2 * (1000 * 500 + 10 * 50)
 
 
 def test_a_container_s_limit_counts_less_what_it_may_forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,12 +210,18 @@ def test_what_a_quantised_base_learnt_leaves_as_an_adapter(
             assert (b @ a).abs().max() > 1e-4
 
 
-def test_without_a_bank_a_quantised_layer_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (METHOD, r"0\.self_attn\.q_proj\.weight is quantised \(.*AWQ.*Set runtime\.vllm\.bank_rank"),
+        (Method(family="dense"), r"q_proj\.weight is quantised \(.*AWQ.*Use a low-rank preset"),
+        (Method(family="dense", lora_rank=2), r"this model's are quantised\. Use a low-rank preset"),
+    ],
+    ids=["low-rank", "dense", "lora"],
+)
+def test_without_a_bank_a_quantised_layer_is_refused_by_name(tmp_path: Path, method: Method, message: str) -> None:
     config, _ = quantised.quantise(quantised.model(), "AWQ", tmp_path)
-    with (
-        pytest.raises(ModelError, match=r"0.self_attn.q_proj.weight is quantised \(.*AWQ.*Set runtime.vllm.bank_rank"),
-        started(config, METHOD, bank_rank=0),
-    ):
+    with pytest.raises(ModelError, match=message), started(config, method, bank_rank=0):
         pass
 
 

@@ -16,9 +16,19 @@ from zotune.testing import conformance, tiny
 from zotune.testing.conformance import Case
 
 
-def test_two_workers_are_the_oracle() -> None:
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("llama", "all"),
+        pytest.param("gpt2", "dense", marks=pytest.mark.slow),
+        pytest.param("llama-tied", "dense", marks=pytest.mark.slow),
+        pytest.param("llama", "lora", marks=pytest.mark.slow),
+        pytest.param("gpt2", "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_two_workers_are_the_oracle(family: str, method: str) -> None:
     with engines(tensor_parallel=2) as factory:
-        case = Case(factory, "llama", conformance.METHODS["all"], HEAD_SIZE)
+        case = Case(factory, family, conformance.METHODS[method], HEAD_SIZE)
         conformance.check_updates(case)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,19 +88,24 @@ def factor_bytes(settings: Mapping[str, Any], itemsize: int, *, shards: int, hos
         host: Whether the model is on the host: float32 copies are there, and weights in plain form beside those that
             the engine has packed for the processor.
     """
-    method = settings["method"]
+    shapes = [shape for _, shape, *_ in settings["sites"]]
+    copies = host * (itemsize + 4 * (settings["fold"] == "master"))
+    kept = copies * sum(math.prod(shape) for shape in shapes if len(shape) == 2) // shards
+    if settings["method"]["family"] == "dense":
+        # One site's direction at a time, float32: as drawn, and what it adds to an update or to a product.
+        return kept + (8 + itemsize) * max(math.prod(shape) for shape in shapes)
+    return kept + sum(_low_rank_bytes(shape, settings["method"], itemsize, shards) for shape in shapes)
+
+
+def _low_rank_bytes(shape: Sequence[int], method: Mapping[str, Any], itemsize: int, shards: int) -> int:
+    """Bytes of a site's factors on one worker."""
     rank, columns = method["rank"], 1 + method["directions"]
-    total = 0
-    for _, shape, *_ in settings["sites"]:
-        out, width = (*shape, 1)[:2]
-        vectors = out if len(shape) == 1 else rank * out
-        # float32, and whole on every worker: the update, every direction drawn and V. In the model's dtype: what the
-        # layers that are here multiply by, with a V for every column.
-        total += 4 * (columns + (method["momentum"] > 0)) * vectors + itemsize * columns * vectors // shards
-        if len(shape) == 2:
-            total += (4 + itemsize * columns) * rank * width
-            total += host * (itemsize + 4 * (settings["fold"] == "master")) * out * width // shards
-    return total
+    out, width = (*shape, 0)[:2]
+    vectors = out if len(shape) == 1 else rank * out
+    # float32, and whole on every worker: the update, every direction drawn and V. In the model's dtype: what the
+    # layers that are here multiply by, with a V for every column.
+    total = 4 * (columns + (method["momentum"] > 0)) * vectors + itemsize * columns * vectors // shards
+    return total + (4 + itemsize * columns) * rank * width
 
 
 def available(cuda: bool, fraction: float) -> int:
