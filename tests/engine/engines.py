@@ -20,18 +20,21 @@ HEAD_SIZE = 32
 
 
 @contextmanager
-def engines(*, fold: Literal["stochastic", "master"] = "stochastic", **options: Any) -> Iterator[Any]:
+def engines(
+    *, fold: Literal["stochastic", "master"] = "stochastic", models: Path | None = None, **options: Any
+) -> Iterator[Any]:
     """A factory of runtimes for `zotune.testing.conformance`; closes them all at the end.
 
     Args:
         fold: Of ``[runtime]``.
+        models: Where checkpoints are written; the next factory may write the same ones there.
         options: Keys of the table ``[runtime.vllm]``.
     """
     started: list[EngineRuntime] = []
     with tempfile.TemporaryDirectory() as folder:
 
         def start(model: Any, method: Method, *, seed: int = 0, max_tokens: int = 2048) -> EngineRuntime:
-            config = write(model, Path(folder) / f"model-{len(started)}")
+            config = write(model, (models or Path(folder)) / f"model-{len(started)}")
             chosen = RuntimeConfig(type="vllm", fold=fold, max_tokens=max_tokens, vllm=EngineConfig(**options))
             work = Work(step_tokens=512, longest=tiny.CONTEXT, largest=96)
             runtime = EngineRuntime.start(config, model, method, seed=seed, options=chosen, work=work)

@@ -180,6 +180,17 @@ def test_copies_on_the_host_take_nothing_of_a_gpu_and_factors_are_whole_on_every
     assert memory.factor_bytes(plain, 2, shards=8, host=False) < memory.factor_bytes(plain, 2, **on_gpu)
 
 
+def test_what_the_driver_alone_goes_by_is_compiled_to_the_same_code() -> None:
+    def code(layers: int = 0, seed: int = 0, **method: Any) -> str:
+        chosen = Method(**{"rank": 2, "interval": 3, **method})
+        values = worker_settings.pack(chosen, Layout(SITES), seed, RuntimeConfig(type="vllm"))
+        return worker_settings.Carried(values, layers).compute_hash()
+
+    assert len({code(), code(seed=1), code(lr=0.5, schedule="linear", warmup_steps=3), code(eps=0.1, interval=9)}) == 1
+    others = [code(), code(layers=1), code(rank=3), code(directions=2), code(weight_decay=0.1), code(family="dense")]
+    assert len(set(others)) == len(others)
+
+
 def test_dense_directions_take_the_largest_site_s_room_and_no_factors() -> None:
     sites = Site("small.weight", (10, 50)), Site("large.weight", (1000, 500))
     dense = settings(sites) | {"method": asdict(Method(family="dense"))}

@@ -40,6 +40,7 @@ from zotune.runtimes.engine.layers import LinearLayer, Place
 from zotune.runtimes.engine.lifeline import follow
 from zotune.runtimes.engine.tokens import Part
 from zotune.runtimes.engine.tuner import Tuner
+from zotune.runtimes.engine.worker_settings import Carried
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -54,7 +55,7 @@ class Worker(_Worker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as ever, then wrap the layers that hold sites."""
-        settings = cast("dict[str, Any]", self.vllm_config.additional_config)["zotune"]
+        settings = cast("Carried", self.vllm_config.additional_config).values
         follow()
         super().load_model(*args, **kwargs)
         self.tuner = Tuner(Engine(self.model_runner), settings)

@@ -18,7 +18,7 @@ import torch
 from zotune import models
 from zotune.config import ModelConfig
 from zotune.errors import ModelError, ZotuneError, reason
-from zotune.runtimes.engine import gate, layers, lifeline, memory
+from zotune.runtimes.engine import gate, layers, lifeline, memory, worker_settings
 
 # vLLM's worker on a CPU puts something that does nothing in its place.
 _set_num_threads = torch.set_num_threads
@@ -88,8 +88,7 @@ def start(
             "trust_remote_code": model.trust_remote_code,
             "dtype": dtype,
             "worker_cls": "zotune.runtimes.engine.internals.Worker",
-            # Compiled code names layers by numbers, so it must not be found by another engine of this process.
-            "additional_config": {"zotune": settings | {"layers_before": layers.registered()}},
+            "additional_config": worker_settings.Carried(settings, layers.registered()),
             # Where vLLM has no implementation it would rewrite transformers' classes, for all of this process.
             "model_impl": "vllm",
             # A prefix that was computed before an update must never be taken for one after it.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from zotune.config import RuntimeConfig
@@ -22,6 +24,33 @@ def pack(method: Method, layout: Layout, seed: int, options: RuntimeConfig) -> d
         "bank_rank": options.vllm.bank_rank,
         "adapters": options.vllm.adapters,
     }
+
+
+_DRIVERS = ("lr", "eps", "schedule", "warmup_steps", "estimator", "calibrated", "interval")
+"""What of a method the driver alone goes by."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The settings as vLLM's configuration carries them to a worker.
+
+    vLLM keeps what it compiled under a hash of its configuration. A run that differs in its seed or its learning rate
+    alone is compiled to the same code, so neither is in the hash.
+
+    Attributes:
+        values: What `pack` wrote.
+        layers: How many layers this process has wrapped before: compiled code names them by numbers, so it must not be
+            found by another engine of the process.
+    """
+
+    values: Mapping[str, Any]
+    layers: int
+
+    def compute_hash(self) -> str:
+        """What vLLM asks; hexadecimal."""
+        method = {name: value for name, value in self.values["method"].items() if name not in _DRIVERS}
+        seen = [method, self.values["sites"], self.values["bank_rank"], self.values["adapters"], self.layers]
+        return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
 def site(plain: Sequence[Any]) -> Site:
