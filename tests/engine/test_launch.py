@@ -180,6 +180,20 @@ def test_copies_on_the_host_take_nothing_of_a_gpu_and_factors_are_whole_on_every
     assert memory.factor_bytes(plain, 2, shards=8, host=False) < memory.factor_bytes(plain, 2, **on_gpu)
 
 
+def test_a_bank_and_adapter_slots_take_what_layers_hold_of_them() -> None:
+    plain, (out, width) = settings((Site("layer.weight", (1000, 500)),)), (1000, 500)
+    on_gpu, on_host = ({"host": host, "shards": 1} for host in (False, True))
+
+    def more(itemsize: int, where: dict[str, Any], **changed: Any) -> int:
+        with_it, without = (memory.factor_bytes(each, itemsize, **where) for each in (plain | changed, plain))
+        return with_it - without
+
+    assert more(2, on_gpu, bank_rank=64) == 2 * 64 * (out + width)
+    assert more(2, on_host, bank_rank=64) == (2 + 4) * 64 * (out + width)
+    # The slots of rank 2 have room for 8, and one more of them stays empty.
+    assert more(4, on_gpu, adapters="lora") == 4 * 9 * 8 * (out + width)
+
+
 def test_what_the_driver_alone_goes_by_is_compiled_to_the_same_code() -> None:
     def code(layers: int = 0, seed: int = 0, **method: Any) -> str:
         chosen = Method(**{"rank": 2, "interval": 3, **method})

@@ -13,6 +13,7 @@ import torch
 
 from zotune.errors import ModelError
 from zotune.models import head_width
+from zotune.runtimes.engine import slots
 
 _CGROUP = Path("/sys/fs/cgroup")
 _CACHED = ("active_file", "inactive_file")
@@ -24,7 +25,7 @@ class Demand:
 
     Attributes:
         weights: The model in the engine's dtype.
-        factors: What the directions and updates of all sites take, and copies that folding needs.
+        factors: What the directions and updates of all sites take, adapter slots, and copies that folding needs.
         cache: Keys and values.
     """
 
@@ -94,6 +95,11 @@ def factor_bytes(settings: Mapping[str, Any], itemsize: int, *, shards: int, hos
     if settings["method"]["family"] == "dense":
         # One site's direction at a time, float32: as drawn, and what it adds to an update or to a product.
         return kept + (8 + itemsize) * max(math.prod(shape) for shape in shapes)
+    beside = sum(sum(shape) for shape in shapes if len(shape) == 2)
+    # Layers hold the bank's columns in the model's dtype, the host their float32 masters.
+    kept += settings["bank_rank"] * (itemsize + 4 * host) * beside
+    if settings["adapters"] == "lora":
+        kept += (slots.COUNT + 1) * slots.served_rank(settings["method"]["rank"]) * itemsize * beside
     return kept + sum(_low_rank_bytes(shape, settings["method"], itemsize, shards) for shape in shapes)
 
 
