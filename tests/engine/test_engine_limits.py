@@ -80,22 +80,28 @@ def test_writing_ends_where_the_context_does(tmp_path: Path) -> None:
     assert len(found[1]) in (10, len(expected[1]))
 
 
-def test_plain_vllm_is_no_replay_of_a_graph_that_zotune_s_layers_were_captured_in(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["second runner", "first runner"])
+def test_plain_vllm_is_no_replay_of_a_graph_that_zotune_s_layers_were_captured_in(tmp_path: Path, first: bool) -> None:
     model = tiny.model("llama", head_size=HEAD_SIZE)
     runtime = start(model, tmp_path / "model", Work(step_tokens=64, longest=tiny.CONTEXT, largest=tiny.CONTEXT))
     replays: list[bool] = []
 
     def watch(worker: Any) -> None:
-        execute = worker.model_runner.execute_model
+        runner = worker.model_runner
+        execute, dispatcher = runner.execute_model, runner.cudagraph_dispatcher
+        dispatcher.keys_initialized = True
 
-        # As the runner of GPUs has it, which leaves graphs out where it takes measure.
-        def execute_model(scheduler_output: Any, is_profile: bool = False) -> Any:
+        # As the second runner of GPUs has it, which leaves graphs out where it takes measure.
+        def told(scheduler_output: Any, is_profile: bool = False) -> Any:
             if scheduler_output.total_num_scheduled_tokens:
                 replays.append(not is_profile)
             return execute(scheduler_output)
 
-        worker.model_runner.execute_model = execute_model
-        worker.tuner.engine = Engine(worker.model_runner)
+        def untold(scheduler_output: Any) -> Any:
+            return told(scheduler_output, not dispatcher.keys_initialized)
+
+        runner.execute_model = untold if first else told
+        worker.tuner.engine = Engine(runner)
 
     runtime.llm.collective_rpc(watch)
     handshake.check(runtime, {}, model)

@@ -115,7 +115,8 @@ _ALWAYS = (
 _RUNNER = ("execute_model_state", "kv_cache_config", "vllm_config", "device", "get_model")
 _EXECUTE = (("execute_model", ("scheduler_output",)),)
 _FIRST_RUNNER = (
-    Need(f"{_WORKER}.gpu_model_runner", "GPUModelRunner", (*_RUNNER, "input_batch"), _EXECUTE),
+    Need(f"{_WORKER}.gpu_model_runner", "GPUModelRunner", (*_RUNNER, "input_batch", "cudagraph_dispatcher"), _EXECUTE),
+    Need("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher", ("keys_initialized",)),
     Need(f"{_WORKER}.gpu_model_runner", "ExecuteModelState", ("hidden_states",)),
 )
 _CPU = (Need(f"{_WORKER}.cpu_worker", "CPUWorker", ("load_model", "model_runner", "vllm_config")), *_FIRST_RUNNER)

@@ -80,9 +80,6 @@ class Engine:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._calls = itertools.count()
-        # The first runner has no such argument, and on CPUs no graphs.
-        known = inspect.signature(runner.execute_model).parameters
-        self._without_graphs = {"is_profile": True} if "is_profile" in known else {}
         config = runner.vllm_config
         self.model: Any = runner.get_model()
         self.dtype: torch.dtype = config.model_config.dtype
@@ -164,8 +161,8 @@ class Engine:
         ]
         # Requests that a generation has ended with hold places of the newer runner until vLLM's next batch.
         left = set(runner.req_states.req_id_to_index) if hasattr(runner, "req_states") else set()
-        with _without_logits(self.model):
-            runner.execute_model(_schedule(new, left, len(self.blocks)), **({} if replay else self._without_graphs))
+        with _without_logits(self.model), _graphs(runner, replay) as options:
+            runner.execute_model(_schedule(new, left, len(self.blocks)), **options)
         state, runner.execute_model_state = runner.execute_model_state, None
         order = (getattr(state, "input_batch", None) or runner.input_batch).req_ids
         if list(order)[: len(ids)] != ids:
@@ -408,3 +405,18 @@ def _without_logits(model: Any) -> Iterator[None]:
         del model.compute_logits
         if before is not None:
             model.compute_logits = before
+
+
+@contextmanager
+def _graphs(runner: Any, replay: bool) -> Iterator[dict[str, Any]]:
+    """Let a runner replay CUDA graphs, or keep it from that; what a forward is to be asked with."""
+    if replay or "is_profile" in inspect.signature(runner.execute_model).parameters:
+        yield {} if replay else {"is_profile": True}
+        return
+    # The first runner has no such argument. It runs without graphs as long as it has none to choose from.
+    dispatcher = runner.cudagraph_dispatcher
+    before, dispatcher.keys_initialized = dispatcher.keys_initialized, False
+    try:
+        yield {}
+    finally:
+        dispatcher.keys_initialized = before
