@@ -234,6 +234,13 @@ def test_graphs_are_captured_close_above_every_likely_batch(batch: int) -> None:
     assert max(launch.graph_sizes(batch, 64)) <= 64
 
 
+def test_batches_that_are_cut_have_graphs_for_their_parts() -> None:
+    assert launch.graph_sizes(100_000, 4000) == launch.graph_sizes(4000, 4000)
+    for tokens in range(2000, 4001):
+        above = min(size for size in launch.graph_sizes(100_000, 4000) if size >= tokens)
+        assert above - tokens <= 4000 / 16 + 8
+
+
 def test_starting_is_silent(checkpoint: ModelConfig) -> None:
     here = Path(__file__).parent
     code = (

@@ -176,12 +176,14 @@ def graph_sizes(batch_tokens: int, most: int) -> list[int]:
     """Numbers of tokens to capture CUDA graphs for, ascending: a forward is padded up to the next one.
 
     Powers of two serve generation. Batches differ in length, so from half of what is expected to a quarter above it the
-    steps are a sixteenth of it, which bounds the padding.
+    steps are a sixteenth of it, which bounds the padding. A larger batch is cut into forwards of at most ``most`` tokens,
+    and these are what is expected then.
     """
+    batch_tokens = min(batch_tokens, most)
     step = max(8, -(-batch_tokens // 128) * 8)
     around = range(-(-batch_tokens // 2 // step) * step, batch_tokens * 5 // 4 + step, step)
     small = [1 << power for power in range(8)]
-    return sorted({size for size in (*small, *around) if size <= most})
+    return sorted({min(size, most) for size in (*small, *around)})
 
 
 def _cache_bytes(model: ModelConfig, dtype: str, shape: Mapping[str, int], shards: int) -> int:
