@@ -3,12 +3,14 @@ import gzip
 import io
 import json
 from contextlib import suppress
+from datetime import datetime
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zotune.data.files import CsvRows, JsonLines, TextFile, read
+from zotune.data.templates import lookup
 from zotune.errors import DataError
 
 ROWS = [{"text": "café", "n": 1}, {"text": "a film\u2028of two lines 😀", "n": 2}]
@@ -147,6 +149,18 @@ def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
     parquet.write_table(arrow.table([["a"], [0], [1]], names=["text", "label", "label"]), path)
     with pytest.raises(DataError, match=r"rows\.parquet: column 'label' is there twice \(columns 2 and 3\); rename"):
         read(path, ".parquet")
+
+
+def test_a_parquet_cell_that_python_cannot_hold_costs_nothing_but_itself(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    far = arrow.array([0, 2**58], arrow.timestamp("us"))
+    parquet.write_table(arrow.table([["fine", "dull"], [1, 0], far], names=["text", "label", "far"]), path)
+    early, late = rows_of(path)
+    assert early == {"text": "fine", "label": 1, "far": datetime(1970, 1, 1)}
+    assert (late["text"], late["label"]) == ("dull", 0)
+    with pytest.raises(DataError, match=r"row 2: the field 'far' holds what Python cannot hold \(.+\); it must hold"):
+        lookup(late, "far", "row 2", "data.prompt")
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -224,6 +224,19 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
+@dataclass(frozen=True)
+class Unheld:
+    """Stands for a cell of a Parquet file that Python has no value for, such as a date after the year 9999.
+
+    A row has it in the place of a value, because only a field that is used need be readable.
+
+    Attributes:
+        why: As Arrow says it.
+    """
+
+    why: str
+
+
 class ParquetRows:
     """A Parquet file; one of its row groups is in memory at a time."""
 
@@ -250,13 +263,22 @@ class ParquetRows:
         try:
             if group != self._group:
                 self._group, self._table = group, self.file.read_row_group(group)
-            (row,) = self._table.slice(index - self.starts[group], 1).to_pylist()  # type: ignore[attr-defined]
+            cells = self._table.slice(index - self.starts[group], 1)  # type: ignore[attr-defined]
         except Exception as error:
             raise self._unreadable(error) from error
-        return dict(row)
+        return {name: _held(column[0]) for name, column in zip(cells.column_names, cells.columns, strict=True)}
 
     def _unreadable(self, error: Exception) -> DataError:
         return DataError(f"cannot read {self.path} as Parquet: {first_line(error)}")
+
+
+def _held(cell: Any) -> Any:
+    """What an Arrow scalar is in Python."""
+    try:
+        return cell.as_py()
+    # As above, of several types: a year that is too late, text that is not UTF-8.
+    except Exception as error:
+        return Unheld(first_line(error))
 
 
 def _require_distinct(columns: Sequence[str], path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
+from zotune.data.files import Unheld
 from zotune.errors import DataError, unknown
 
 Record = Mapping[str, Any]
@@ -125,6 +126,8 @@ def named(found: Any) -> str:
     """What a value is, for messages."""
     if isinstance(found, float):
         return str(found)
+    if isinstance(found, Unheld):
+        return f"what Python cannot hold ({found.why})"
     return "nothing" if found is None else f"a {type(found).__name__}"
 
 
