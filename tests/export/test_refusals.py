@@ -80,10 +80,14 @@ def test_tuned_lora_matrices_have_their_own_rank(tmp_path: Path) -> None:
         export_run(lora.path, tmp_path / "out", "peft", rank=4)
 
 
-def test_a_shard_size_that_cannot_be_read_is_refused(run: MadeRun, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="shards of size 'much'"):
-        export_run(run.path, tmp_path / "out", shard_size="much")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("size", ["much", "0GB", "-5GB", "infGB", "5", "1001TB"])
+def test_a_shard_size_that_is_none_is_refused(run: MadeRun, file: Path, tmp_path: Path, size: str) -> None:
+    expected = f"got the shard size '{size}'; allowed is a number above 0, up to 1000, with KB, MB, GB or TB"
+    with pytest.raises(ConfigError, match=expected):
+        export_run(run.path, tmp_path / "out", shard_size=size)
+    with pytest.raises(ConfigError, match=expected):
+        apply_journal(str(run.base), file, tmp_path / "out", shard_size=size)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_base_model_is_refused_by_its_fingerprint(run: MadeRun, file: Path, tmp_path: Path) -> None:

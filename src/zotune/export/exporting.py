@@ -61,10 +61,11 @@ def export_run(
             file that `apply_journal` makes weights of.
         rank: Of an adapter at most; default: that of the change, up to 512.
         max_error: Largest relative Frobenius error of an adapter at any site.
-        shard_size: Largest file of merged weights.
+        shard_size: Largest file of merged weights: a number above 0 with KB, MB, GB or TB.
 
     Raises:
-        ConfigError: The format is unknown, ``out`` exists, or an adapter would be too far from the weights.
+        ConfigError: The format is unknown, the shard size is none, ``out`` exists, or an adapter would be too far from
+            the weights.
         JournalError: The path is no run, or its journal is damaged, empty or of another base model.
         ModelError: The base model cannot be loaded, or PEFT is missing.
     """
@@ -72,6 +73,7 @@ def export_run(
         raise ConfigError(unknown("format", format, FORMATS))
     if rank is not None and (format != "peft" or rank < 1):
         raise ConfigError(f"got rank = {rank} with format = {format!r}; a rank is at least 1 and belongs to 'peft'")
+    merged.require_shard_size(shard_size)
     began, out = time.perf_counter(), expand(out)
     refuse_existing(out)
     recipe = Recipe.of_run(path)
@@ -95,14 +97,16 @@ def apply_journal(
         base: Folder or hub id of the base model.
         file: What `export_run` wrote in the format ``journal``.
         out: Hugging Face folder to make.
-        shard_size: Largest file of weights.
+        shard_size: Largest file of weights, as for `export_run`.
         trust_remote_code: Whether to run modelling code that comes with the base model; the file does not decide that.
 
     Raises:
-        ConfigError: ``out`` exists or cannot be written, or the run had such code and it is not trusted.
+        ConfigError: ``out`` exists or cannot be written, the shard size is none, or the run had such code and it is not
+            trusted.
         JournalError: The file is damaged, of another version, or of another base model.
         ModelError: The base model cannot be loaded.
     """
+    merged.require_shard_size(shard_size)
     began, out = time.perf_counter(), expand(out)
     refuse_existing(out)
     recipe = journal_file.read(expand(file), os.fspath(base), trust_remote_code)
