@@ -127,13 +127,12 @@ def test_a_learning_rate_that_its_settings_do_not_give(tmp_path: Path) -> None:
     assert second.startswith("step 1 has the learning rate 2e-06")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a journal\n", b"\x00" * 99])
-def test_a_file_that_is_no_journal(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize("content", [b"", b"not a journal\n", b"\x00" * 99])
+def test_a_file_that_is_no_journal(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     shown = only_json(invoke("journal", "verify", path, "--json"), 1)
-    assert (shown["sound"], shown["steps"], shown["size"]) == (False, 0, len(content or b""))
+    assert (shown["sound"], shown["steps"], shown["size"]) == (False, 0, len(content))
     for words in (("show", path), ("diff", path, path), ("verify", path, "--repair")):
         refused = invoke("journal", *words)
         assert refused.exit_code == 2
@@ -238,6 +237,18 @@ def test_replay_and_rollback_on_the_command_line(run: Path, tmp_path: Path) -> N
     shown = invoke("replay", run, "--out", tmp_path / "again").stdout.splitlines()
     assert shown[0].startswith(f"{tmp_path / 'again'}: the weights after 6 steps, replayed in ")
     assert shown[1] == "the checkpoint of step 6 has the same bits"
+
+
+def test_a_place_without_a_journal_is_a_mistake_but_a_run_without_its_journal_is_not_sound(
+    run: Path, tmp_path: Path
+) -> None:
+    for place in (tmp_path / "nowhere", tmp_path):
+        for words in (("show", place), ("diff", run, place), ("verify", place), ("verify", place, "--repair")):
+            refused = invoke("journal", *words)
+            assert (refused.exit_code, refused.stdout) == (2, "")
+            assert str(place) in refused.stderr
+    (run / "journal.jsonl").unlink()
+    assert only_json(invoke("journal", "verify", run, "--json"), 1)["sound"] is False
 
 
 @pytest.mark.parametrize("words", [(), ("--step", 1, "--list"), ("--branch", "a", "--set", "train.steps=9")])

@@ -10,7 +10,7 @@ from typing import Any
 
 from zotune import checkpoint
 from zotune.config import load
-from zotune.errors import ZotuneError
+from zotune.errors import JournalError, ZotuneError
 from zotune.journal.branches import finish
 from zotune.journal.records import Contents, Entry, differences, read, scan, shared
 from zotune.journal.settings import configured
@@ -84,8 +84,13 @@ def verify(path: Path) -> Verdict:
 
     Args:
         path: Run directory or journal file.
+
+    Raises:
+        JournalError: There is neither; a run that has lost its journal is not sound.
     """
     journal = journal_file(path)
+    if not journal.exists() and not RunDirectory(path).config.exists():
+        raise JournalError(f"{path} is neither a run directory nor a journal file, so there is nothing to verify")
     try:
         contents = scan(journal)
     except ZotuneError as error:
