@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from zotune import checkpoint, cli, config
-from zotune.cli.program import INTERRUPTED, USER_ERROR, Commands, command_line, print_json
+from zotune.cli.program import INTERRUPTED, TERMINATED, USER_ERROR, Commands, command_line, print_json
 from zotune.errors import ConfigError
 from zotune.journal import Journal
 
@@ -345,6 +345,38 @@ def test_a_run_outlives_the_reader_of_its_output(config_file: Path, tmp_path: Pa
     expected = "nobody reads the output any more; the run goes on, and Ctrl-C saves and ends it"
     assert told.count(expected) == (errors == "apart")
     assert "Traceback" not in "".join(told)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, INTERRUPTED, "interrupted"), (signal.SIGTERM, TERMINATED, "terminated")],
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_while_a_run_is_loaded_is_answered(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, word: str, begun: bool
+) -> None:
+    path = config.load(config_file).output
+    words, hint = ["run", str(config_file)], " before the first step"
+    if begun:
+        assert CliRunner().invoke(cli.app, words).exit_code == 0
+        words, hint = ["resume", path], f"; go on with: zotune resume '{path}'"
+    monkeypatch.setattr("zotune.session.load_data", lambda *_: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    result = CliRunner().invoke(cli.app, words)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.splitlines()[-1] == word + hint
+    assert signal.getsignal(number) == before
+
+
+def test_a_sweep_that_is_terminated_says_how_to_go_on(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(f'output = "{tmp_path}/sweep"\nbase = "{config_file}"\ngrid.train.seed = [0, 1]\n')
+    monkeypatch.setattr("zotune.session.load_data", lambda *_: signal.raise_signal(signal.SIGTERM))
+    result = CliRunner().invoke(cli.app, ["sweep", str(file)])
+    assert result.exit_code == TERMINATED
+    assert result.stderr.splitlines()[-1] == f"terminated; go on with: zotune sweep {file}"
 
 
 @pytest.mark.parametrize("output", ["TMP/my run", "~/my run"])

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: noted at once, heeded between two steps."""
+"""Ctrl-C and SIGTERM: heeded between two steps while a run trains, and at once before and after."""
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.outcome = _OUTCOMES[number]()
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` here, as Ctrl-C raises KeyboardInterrupt, unless somebody else sees to it."""
+    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if own:
+        signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        if own:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    raise _OUTCOMES[number]()
 
 
 class Signals:

@@ -11,7 +11,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from typer.core import TyperGroup
 
 from zotune.errors import ZotuneError, reason
 from zotune.figures import as_json
+from zotune.signals import Terminated, terminable
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -93,6 +95,18 @@ def _before_every_command(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def told_how_to_go_on(hint: Callable[[], str]) -> Iterator[None]:
+    """End Ctrl-C and SIGTERM with one line, which ``hint`` completes, and their exit codes."""
+    try:
+        with terminable():
+            yield
+    except (KeyboardInterrupt, Terminated) as end:
+        word, code = ("terminated", TERMINATED) if isinstance(end, Terminated) else ("interrupted", INTERRUPTED)
+        typer.echo(f"{word}{hint()}", err=True)
+        raise typer.Exit(code) from None
 
 
 def command_line(*words: str | Path) -> str:

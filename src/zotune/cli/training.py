@@ -10,12 +10,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from zotune.cli.program import INTERRUPTED, TERMINATED, AsJson, RunPath, app, command_line, print_json
+from zotune.cli.program import AsJson, RunPath, app, command_line, print_json, told_how_to_go_on
 from zotune.figures import duration, percent
 from zotune.paths import expand
 from zotune.progress import LastingConsole, TerminalReporter
 from zotune.reporters import Reporter
-from zotune.signals import Terminated
 
 if TYPE_CHECKING:
     from zotune.config import Config
@@ -105,17 +104,16 @@ def _train(path: Path, work: Callable[[Reporter], Summary], as_json: bool) -> No
     path = expand(path)
     console = LastingConsole(stderr=as_json)
     live = TerminalReporter(console)
-    try:
-        summary = work(live)
-    except (KeyboardInterrupt, Terminated) as end:
-        live.finish()
+
+    def hint() -> str:
         started = (path / "journal.jsonl").exists()
-        hint = f"; go on with: {command_line('resume', path)}" if started else " before the first step"
-        word, code = ("terminated", TERMINATED) if isinstance(end, Terminated) else ("interrupted", INTERRUPTED)
-        typer.echo(f"{word}{hint}", err=True)
-        raise typer.Exit(code) from None
-    finally:
-        live.finish()
+        return f"; go on with: {command_line('resume', path)}" if started else " before the first step"
+
+    with told_how_to_go_on(hint):
+        try:
+            summary = work(live)
+        finally:
+            live.finish()
     from zotune.watching.plots import plot as draw
 
     picture = draw(summary.path)

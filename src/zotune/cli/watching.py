@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from zotune.cli.program import INTERRUPTED, AsJson, RunPath, app, command_line, plain_console, plain_table, print_json
+from zotune.cli.program import (
+    AsJson,
+    RunPath,
+    app,
+    command_line,
+    plain_console,
+    plain_table,
+    print_json,
+    told_how_to_go_on,
+)
 from zotune.figures import duration, percent
 from zotune.progress import LastingConsole, TerminalReporter
 
@@ -31,11 +40,8 @@ def sweep(
     console = LastingConsole(stderr=as_json)
     failures = None
     if not summary:
-        try:
+        with told_how_to_go_on(lambda: f"; go on with: {command_line('sweep', file)}"):
             failures = sweeps.run(plan, lambda: TerminalReporter(console))
-        except KeyboardInterrupt:
-            typer.echo(f"interrupted; go on with: {command_line('sweep', file)}", err=True)
-            raise typer.Exit(INTERRUPTED) from None
     found = sweeps.summarise(plan, failures)
     if as_json:
         from zotune.watching.sweep.summary import record
