@@ -101,17 +101,22 @@ def _in_step(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_leaves_nothing_behind(configure: Configure, tmp_path: Path) -> None:
-    """The terminal sends SIGINT to the whole group: replicas must leave it to the driver."""
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_to_all_saves_and_leaves_nothing_behind(
+    configure: Configure, tmp_path: Path, number: int, code: int, word: str
+) -> None:
+    """A terminal or a scheduler sends it to the whole group: cluster and replicas must leave it to the driver."""
     run, file = tmp_path / "run", tmp_path / "run.toml"
     file.write_text(config.dump(configure(train={"steps": 1_000_000}, runtime={"type": "ray", "ray": RAY})))
     driver = program("run", file)
     wait_for(driver, lambda: steps_of(run) > 3)
     family = psutil.Process(driver.pid).children(recursive=True)
-    os.killpg(driver.pid, signal.SIGINT)
+    os.killpg(driver.pid, number)
     out, errors = driver.communicate(timeout=120)
-    assert driver.returncode == 130, errors
-    assert errors.splitlines() == [f"interrupted; go on with: zotune resume {run}"]
+    assert driver.returncode == code, errors
+    assert errors.splitlines() == [f"{word}; go on with: zotune resume {run}"]
     assert "ray" not in out.lower()
     assert not psutil.wait_procs(family, timeout=60)[1]
     # The embedded runtime goes on from there: the state is the same, whoever computed it.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,13 +259,28 @@ def start_local(cpus: int) -> None:
     ray = load_ray()
     for last in (False, False, True):
         try:
-            ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE, **_QUIET)
+            with _deaf_to_sigterm():
+                ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE, **_QUIET)
             return
         # Ray gives its processes 30 seconds, and on a crowded machine they may need more; its error has no type.
         except Exception as error:
             ray.shutdown()
             if last:
                 raise EngineError(f"Ray cannot start a cluster on this machine: {reason(error)}") from error
+
+
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Processes that begin here are not ended by a SIGTERM; this one heeds it afterwards.
+
+    A scheduler, or `timeout`, sends it to all processes of a job: the cluster has to last until the run has finished
+    its step and is saved. Ray sees to SIGINT.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load_ray() -> Any:
