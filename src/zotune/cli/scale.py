@@ -11,6 +11,7 @@ from zotune.errors import ConfigError, JournalError
 from zotune.figures import percent
 
 if TYPE_CHECKING:
+    from zotune.config import Config
     from zotune.run import RunDirectory
 
 
@@ -39,15 +40,23 @@ def scale(
                 f"{path} is not training, so there is nothing to scale. Set runtime.ray.replicas in {run.config}, "
                 f"then go on with: {command_line('resume', path)}"
             )
+        _keep(run, config, replicas)
         board.want(replicas)
     found = board.read()
     if as_json:
-        print_json({"run": str(path), "live": live, "wanted": replicas or found.get("wanted"), **found})
+        asked = {} if replicas is None else {"wanted": replicas}
+        print_json({"run": str(path), "live": live, "wanted": None, "replicas": [], **found, **asked})
     elif replicas is not None:
         typer.echo(f"asked {path} for {replicas} replicas; those who are new join once they are in step")
         typer.echo(f"watch     {command_line('scale', path)}")
     else:
         _show(found, live)
+
+
+def _keep(run: RunDirectory, config: Config, replicas: int) -> None:
+    """Have the run's configuration say so many, by which it is resumed."""
+    ray = config.runtime.ray.model_copy(update={"replicas": replicas})
+    run.write_config(config.model_copy(update={"runtime": config.runtime.model_copy(update={"ray": ray})}))
 
 
 def _is_live(run: RunDirectory) -> bool:

@@ -26,17 +26,25 @@ class Board:
     def __init__(self, run: Path) -> None:
         self._run, self._figures, self._wish = run, run / "replicas.json", run / "scale.json"
         self._shown = 0.0
+        # What was asked for before counts no more: the configuration has it, and may have been edited since.
+        self._past = self._asked()
 
     def wanted(self) -> int | None:
-        """How many replicas `zotune scale` has asked for; None if it has not."""
-        try:
-            return int(json.loads(self._wish.read_text())["replicas"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        """How many replicas `zotune scale` has asked for since this board was made; None if it has not."""
+        asked = self._asked()
+        return None if asked == self._past else asked[0]
 
     def want(self, replicas: int) -> None:
         """Ask for so many replicas."""
-        replace(self._wish, json.dumps({"replicas": replicas}).encode())
+        replace(self._wish, json.dumps({"replicas": replicas, "asked": time.time_ns()}).encode())
+
+    def _asked(self) -> tuple[int | None, int | None]:
+        """The number that was asked for last, and when, in nanoseconds."""
+        try:
+            found = json.loads(self._wish.read_text())
+            return int(found["replicas"]), int(found.get("asked", 0))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None, None
 
     def show(self, team: Team) -> None:
         """Write how the replicas do, if the last time is a second ago."""

@@ -62,7 +62,7 @@ class RayRuntime:
         self._news: list[str] = []
         self.team = Team(cluster, blueprint, self._history, self._options.patience, self._news.append)
         try:
-            introduction = self.team.start((self._board and self._board.wanted()) or replicas)
+            introduction = self.team.start(replicas)
         except BaseException:
             self.team.close()
             raise

@@ -86,7 +86,10 @@ def release() -> None:
 
 
 def _other(found: Config, planned: Config) -> str:
-    """In what a run directory's configuration is not the planned one; who is told of a run does not count."""
+    """In what a run directory's configuration is not the planned one.
+
+    Who is told of a run does not count, nor how many replicas `zotune scale` has given it.
+    """
     there, here = values(found), values(planned)
     if planned.method.lr == AUTO:
         # The run has the one that was chosen when it began.
@@ -94,7 +97,7 @@ def _other(found: Config, planned: Config) -> str:
     parts = (
         f"{key} is {shown(there.get(key))} there and {shown(here.get(key))} in the sweep"
         for key in dict.fromkeys([*there, *here])
-        if not key.startswith("track.") and there.get(key) != here.get(key)
+        if not key.startswith(("track.", "runtime.ray.replicas")) and there.get(key) != here.get(key)
     )
     return ", ".join(parts)
 
