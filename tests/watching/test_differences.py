@@ -51,5 +51,11 @@ def test_values_are_shown_short() -> None:
     assert shown == ["1e-05", "3", "true", "None", "rows.jsonl", "org/model", "0.001, b"]
 
 
+def test_values_that_would_look_the_same_are_shown_whole() -> None:
+    assert differences.shown_apart(["/a/model", "/b/model", "/b/other", "/a/model", 0.1, 0.1]) == [
+        "/a/model", "/b/model", "other", "/a/model", "0.1", "0.1",
+    ]  # fmt: skip
+
+
 def test_flatten_joins_keys_with_dots() -> None:
     assert differences.flatten({"a": {"b": 1, "c": {"d": 2}}, "e.f": 3, "g": {}}) == {"a.b": 1, "a.c.d": 2, "e.f": 3}

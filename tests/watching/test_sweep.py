@@ -203,6 +203,10 @@ def test_a_directory_of_another_run_is_left_alone(tmp_path: Path, base: Config) 
     (row,) = sweep.summarise(changed).rows
     assert row.state == "failed"
     assert "train.steps is 3 there and 4 in the sweep" in str(row.reason)
+    elsewhere = f"/elsewhere/{Path(base.model.path).name}"
+    changed = sweep.read(sweep_file(tmp_path, base.having("model", path=elsewhere), "[grid]", "train.seed = [0]"))
+    (row,) = sweep.summarise(changed).rows
+    assert f"model.path is {base.model.path} there and {elsewhere} in the sweep" in str(row.reason)
     assert contents(plan.runs[0].path) == before
 
 
@@ -264,6 +268,12 @@ def test_the_command_shows_the_table_and_speaks_json(tmp_path: Path, base: Confi
     (line,) = shown.stdout.splitlines()
     record = json.loads(line)
     assert (len(record["rows"]), len(record["groups"]), record["score"]) == (4, 2, "accuracy")
+
+
+def test_the_table_tells_paths_apart_that_end_alike(tmp_path: Path, base: Config) -> None:
+    file = sweep_file(tmp_path, base, "[grid]", 'model.path = ["/a/model", "/b/model"]')
+    shown = CliRunner().invoke(cli.app, ["sweep", str(file), "--summary"])
+    assert [line.split()[0] for line in shown.stdout.splitlines() if "waiting" in line] == ["/a/model", "/b/model"]
 
 
 def test_the_command_reports_failure_and_refusal(tmp_path: Path, base: Config) -> None:

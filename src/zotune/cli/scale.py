@@ -56,7 +56,7 @@ def scale(
 def _keep(run: RunDirectory, config: Config, replicas: int) -> None:
     """Have the run's configuration say so many, by which it is resumed."""
     ray = config.runtime.ray.model_copy(update={"replicas": replicas})
-    run.write_config(config.model_copy(update={"runtime": config.runtime.model_copy(update={"ray": ray})}))
+    run.write_config(config.having("runtime", ray=ray))
 
 
 def _is_live(run: RunDirectory) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,10 +98,10 @@ def _runs(summary: Summary) -> Table:
     for name in (*scores, "loss", "best loss", "steps", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for row in summary.rows:
+    for row, settings in zip(summary.rows, _settings(summary.rows, summary.keys), strict=True):
         shares = (_share(row.score), _share(row.best_score)) if summary.score else ()
         figures = (*shares, _loss(row.loss), _loss(row.best_loss), str(row.steps), duration(row.seconds))
-        table.add_row(*_settings(row, summary.keys), *figures, row.state)
+        table.add_row(*settings, *figures, row.state)
     return table
 
 
@@ -115,17 +116,22 @@ def _groups(summary: Summary) -> Table:
         table.add_column(name)
     for name in ("seeds", *((f"{_score_name(summary)}, mean ± std",) if summary.score else ()), "loss, mean ± std"):
         table.add_column(name, justify="right", no_wrap=True)
-    for group in summary.groups:
+    for group, settings in zip(summary.groups, _settings(summary.groups, keys), strict=True):
         shares = (_spread(group.score, group.score_std, 100, ".1f", " %"),) if summary.score else ()
         loss = _spread(group.loss, group.loss_std, 1, ".3f", "")
-        table.add_row(*_settings(group, keys), str(group.runs), *shares, loss)
+        table.add_row(*settings, str(group.runs), *shares, loss)
     return table
 
 
-def _settings(row: Row | Group, keys: tuple[str, ...]) -> list[str]:
-    from zotune.watching.differences import shown
+def _settings(rows: Sequence[Row | Group], keys: tuple[str, ...]) -> list[list[str]]:
+    """What each row sets, cell by cell."""
+    from zotune.watching.differences import shown_apart
 
-    return [shown(row.point[key]) if key in row.point else "-" for key in keys]
+    columns = []
+    for key in keys:
+        told = iter(shown_apart([row.point[key] for row in rows if key in row.point]))
+        columns.append([next(told) if key in row.point else "-" for row in rows])
+    return [[column[place] for column in columns] for place in range(len(rows))]
 
 
 def _score_name(summary: Summary) -> str:

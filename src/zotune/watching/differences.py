@@ -86,6 +86,15 @@ def shown(value: Any) -> str:
     return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def shown_apart(values: Sequence[Any]) -> list[str]:
+    """Each value as `shown` has it, or whole where another one would look the same, as of two paths that end alike."""
+    told = [shown(value) for value in values]
+    meant = {
+        text: {_canonical(value) for value, same in zip(values, told, strict=True) if same == text} for text in told
+    }
+    return [text if len(meant[text]) == 1 else str(value) for value, text in zip(values, told, strict=True)]
+
+
 def labels(names: Sequence[str], configurations: Sequence[Values]) -> list[str]:
     """One legend per run: what differs between the configurations, or the run's name where that does not tell.
 

@@ -11,7 +11,7 @@ from zotune.config import AUTO, Config
 from zotune.errors import ZotuneError, required
 from zotune.journal.branches import open_run
 from zotune.reporters import Reporter
-from zotune.watching.differences import shown, values
+from zotune.watching.differences import shown_apart, values
 from zotune.watching.standing import Standing, standing
 from zotune.watching.sweep.plan import PLANNED, Plan, Planned
 
@@ -94,12 +94,12 @@ def _other(found: Config, planned: Config) -> str:
     if planned.method.lr == AUTO:
         # The run has the one that was chosen when it began.
         here["method.lr"] = found.method.lr
-    parts = (
-        f"{key} is {shown(there.get(key))} there and {shown(here.get(key))} in the sweep"
+    told = {
+        key: shown_apart([there.get(key), here.get(key)])
         for key in dict.fromkeys([*there, *here])
         if not key.startswith(("track.", "runtime.ray.replicas")) and there.get(key) != here.get(key)
-    )
-    return ", ".join(parts)
+    }
+    return ", ".join(f"{key} is {old} there and {new} in the sweep" for key, (old, new) in told.items())
 
 
 def _intent(where: Standing) -> str:
