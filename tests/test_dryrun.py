@@ -17,6 +17,7 @@ from zotune.cli import app
 from zotune.config import Config
 from zotune.dryrun.tokens import LONGEST, TokenRow
 from zotune.rows import Candidate, Example, Row
+from zotune.runtimes.embedded import EmbeddedRuntime
 from zotune.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +73,27 @@ def test_its_estimates_add_up(chosen: Config) -> None:
     time = found.time
     assert time.total == pytest.approx(30 * time.step + 2 * time.evaluation)
     assert 0 < time.step < 10
+
+
+def test_a_learning_rate_that_is_chosen_takes_time(chosen: Config) -> None:
+    time = zotune.dry_run(chosen.having("method", lr="auto", directions=8)).time
+    assert time.choosing == pytest.approx(32 * time.step / 2), "of each of 32 batches the probes of four directions"
+    assert time.total == pytest.approx(30 * time.step + 2 * time.evaluation + time.choosing)
+
+
+def test_an_evaluation_is_timed_by_clean_rows(chosen: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose directions take an hour does not make an evaluation take hours."""
+    clock, score = [0.0], EmbeddedRuntime.score
+
+    def slow(runtime: Any, probes: Any, rows: Any, *, normalised: bool) -> Any:
+        clock[0] += 3600.0 if any(probe.sign for probe in probes) else 0.01 * sum(row.n_tokens for row in rows)
+        return score(runtime, probes, rows, normalised=normalised)
+
+    monkeypatch.setattr(EmbeddedRuntime, "score", slow)
+    monkeypatch.setattr("zotune.dryrun.estimate.time.perf_counter", lambda: clock[0])
+    found = zotune.dry_run(chosen)
+    assert found.time.step == 3600.0
+    assert found.time.evaluation == pytest.approx(0.01 * found.validation.tokens)
 
 
 @pytest.mark.parametrize(

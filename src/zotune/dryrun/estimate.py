@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zotune.config import RuntimeConfig
+from zotune import learning_rate
+from zotune.config import AUTO, RuntimeConfig
 from zotune.layout import Layout
 from zotune.optimizer import Method
 from zotune.peak import forget_peak, peak_bytes
+from zotune.protocol import CLEAN, Probe
 from zotune.rows import Example
 from zotune.runtimes.packing import ACTIVATIONS
 from zotune.session import Session
@@ -45,36 +47,49 @@ class Time:
 
     Attributes:
         step: Of scoring the first step's probes, measured on the second try; the update comes on top.
-        evaluation: Of one evaluation by likelihood, in proportion to its tokens.
-        total: Of all steps and evaluations.
+        evaluation: Of one evaluation by likelihood, in proportion to the tokens of validation rows that were scored.
+        choosing: Of the probes that choose the learning rate, in proportion to a step's; 0 where it is given.
+        total: All together.
     """
 
     step: float
     evaluation: float
+    choosing: float
     total: float
 
 
 def measure(session: Session) -> tuple[Memory, Time]:
-    """Score the first step's probes twice; nothing is applied."""
+    """Score the first step's probes and as many validation rows, each twice; nothing is applied."""
     model = session.runtime.model  # type: ignore[attr-defined]
     examples, _ = session.batch(0)
     proposal = session.optimizer.ask(0)
-    rows = [example.row for example in examples]
     forget_peak(model.device)
+    step = _score(session, proposal.probes, examples)
+    measured = peak_bytes(model.device)
+    return _memory(session, len(proposal.probes), measured), _time(session, proposal.probes, step)
+
+
+def _score(session: Session, probes: Sequence[Probe], examples: Sequence[Example]) -> float:
+    """Seconds that it takes, on the second try."""
+    rows = [example.row for example in examples]
     for _ in range(2):
         began = time.perf_counter()
-        session.runtime.score(proposal.probes, rows, normalised=session.data.objective.normalised)
-        step = time.perf_counter() - began
-    measured = peak_bytes(model.device)
-    return _memory(session, len(proposal.probes), measured), _time(session, len(proposal.probes), step)
+        session.runtime.score(probes, rows, normalised=session.data.objective.normalised)
+        took = time.perf_counter() - began
+    return took
 
 
-def _time(session: Session, probes: int, step: float) -> Time:
-    train = session.config.train
-    scored = probes * _tokens(session.batch(0)[0])
-    evaluation = step * _tokens(session.data.validation) / scored
+def _time(session: Session, probes: Sequence[Probe], step: float) -> Time:
+    train, validation = session.config.train, session.data.validation
+    # Of these no direction is drawn and no layer is shared, so a step's time says little of theirs.
+    some = validation[: len(probes) * session.order.batch_size]
+    evaluation = _score(session, [CLEAN], some) * _tokens(validation) / _tokens(some)
     evaluations = 1 + -(-train.steps // train.eval_every)
-    return Time(step, evaluation, train.steps * step + evaluations * evaluation)
+    choosing = 0.0
+    if session.config.method.lr == AUTO:
+        asked = learning_rate.probing(session.optimizer.method).ask(0).probes
+        choosing = learning_rate.STEPS * step * len(asked) / len(probes)
+    return Time(step, evaluation, choosing, train.steps * step + evaluations * evaluation + choosing)
 
 
 def _memory(session: Session, probes: int, measured: int) -> Memory:

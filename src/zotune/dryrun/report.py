@@ -113,7 +113,7 @@ class DryRun:
 
 
 def dry_run(config: Config) -> DryRun:
-    """Load model and data, look at them, and score one step's probes to time it; no run directory is made.
+    """Load model and data, look at them, and score some of it to time that; no run directory is made.
 
     Args:
         config: What a run would do.
@@ -171,10 +171,11 @@ def _extent(shape: tuple[int, ...]) -> str:
 
 
 def _needs(memory: Memory, seconds: Time) -> list[str]:
+    chosen = f", {duration(seconds.choosing)} of it to choose the learning rate" if seconds.choosing else ""
     return [
         f"memory, estimated: {size(memory.total)} = weights {size(memory.weights)} + directions and updates "
         f"{size(memory.factors)} + activations of the largest batch {size(memory.activations)}",
         f"memory, measured: {size(memory.measured)} at most, the program itself included, while one step was scored",
         f"time, estimated: {duration(seconds.total)} at {seconds.step:.2g} s per step and {seconds.evaluation:.2g} s "
-        "per evaluation, from scoring one step's probes; updates and generation come on top",
+        f"per evaluation{chosen}; updates and generation come on top",
     ]
