@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from zotune import cli
 from zotune.bench.cluster_check import Measured
 from zotune.bench.cluster_report import ClusterReport
 from zotune.bench.cluster_simulation import Conditions, Costs, simulate, step_seconds
@@ -51,6 +53,24 @@ def test_efficiency_is_against_one_replica_and_the_driver_bounds_it() -> None:
 def test_nothing_to_do_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         step_seconds(COSTS, CALM, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--unit-ms", "0"], "and a unit above 0"),
+        (["--unit-ms", "inf"], "got the costs and conditions unit inf"),
+        (["--unit-ms", "70", "--start-s", "inf"], "start inf"),
+        (["--unit-ms", "70", "--jitter", "inf"], "jitter inf"),
+        (["--unit-ms", "70", "--failures", "1e300"], "failures 1e+300"),
+        (["--check", ""], "got the numbers of replicas []; give one at least"),
+        (["--check", "1,0"], "got the numbers of replicas [1, 0]"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(words: list[str], told: str) -> None:
+    refused = CliRunner().invoke(cli.app, ["bench", "cluster", *words])
+    assert refused.exit_code == 2, refused.exception
+    assert told in refused.stderr
 
 
 def test_what_a_machine_allows_counts_the_replicas_that_have_a_unit() -> None:

@@ -11,6 +11,7 @@ from zotune.bench import cluster_check, steps
 from zotune.bench.cluster_check import Measured
 from zotune.bench.cluster_report import ClusterReport
 from zotune.bench.cluster_simulation import Conditions, Costs, simulate, step_seconds
+from zotune.errors import ConfigError
 
 REPLICAS = tuple(4**power for power in range(7))
 """Numbers to simulate: 1 to 4,096."""
@@ -62,7 +63,9 @@ def cluster(
         ZotuneError: The model cannot be loaded or tuned.
     """
     dtype = steps.resolved(dtype)
-    steps.check(dtype, dtype, scope, [batch_size, rank, directions, repeats, cpus, *counts])
+    if not counts or min(counts) < 1:
+        raise ConfigError(f"got the numbers of replicas {list(counts)}; give one at least, each at least 1, as 1,2")
+    steps.check(dtype, dtype, scope, [batch_size, rank, directions, repeats, cpus])
     given = {"model": model, "data": data, "dtype": dtype, "batch_size": batch_size}
     found = cluster_check.measure(counts, given, steps.method_of(scope, rank, directions), cpus, repeats)
     here = Conditions(latency=0.0, jitter=found.jitter, failures=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from zotune.errors import ConfigError
 
 _STEPS = 400
 """Simulated steps of each number of replicas; their mean is within a few percent of that of many."""
+
+_LARGEST = 1e4
+"""Seconds, or losses per hour: less than what a step's Poisson distributions can be drawn for."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,11 @@ def simulate(
         units: Of a step.
         replicas: Numbers of them.
         seed: Of the simulation.
+
+    Raises:
+        ConfigError: A cost or a condition is out of range, or a unit costs nothing.
     """
+    _require_sensible(costs, conditions)
     alone = step_seconds(costs, conditions, units, 1, seed)
     found = []
     for count in replicas:
@@ -86,6 +93,16 @@ def simulate(
         grown = step_seconds(costs, conditions, units * count, count, seed)
         found.append(Simulated(count, fixed, alone / fixed / count, grown, alone / grown))
     return tuple(found)
+
+
+def _require_sensible(costs: Costs, conditions: Conditions) -> None:
+    values = {**asdict(costs), **asdict(conditions)}
+    if not costs.unit or not all(0 <= value <= _LARGEST for value in values.values()):
+        told = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        raise ConfigError(
+            f"got the costs and conditions {told}; allowed are 0 to {_LARGEST:g}, in seconds and failures per hour, "
+            "and a unit above 0"
+        )
 
 
 def step_seconds(costs: Costs, conditions: Conditions, units: int, replicas: int, seed: int = 0) -> float:
