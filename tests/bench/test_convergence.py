@@ -195,6 +195,9 @@ def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any
         convergence(["lozo", method], **options)
     with pytest.raises(ConfigError, match=r"unknown task 'sst3'\. Did you mean 'sst2'"):
         convergence(["lozo"], tasks=["sst2", "sst3"], **options)
+    for name in ("tasks", "seeds"):
+        with pytest.raises(ConfigError, match=f"there are no {name} to measure; give at least one"):
+            convergence(["lozo"], **options | {name: []})
     with pytest.raises(DataError, match=r"cb is no folder; give a folder"):
         convergence(["lozo"], tasks=["sst2", "cb"], **options)
     assert not options["out"].exists()

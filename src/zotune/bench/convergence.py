@@ -21,7 +21,7 @@ from zotune.bench.results import Case, Result, Results
 from zotune.bench.steps import resolved, threads_set
 from zotune.config import AUTO
 from zotune.data import BatchOrder
-from zotune.errors import ModelError
+from zotune.errors import ConfigError, ModelError
 from zotune.journal.branches import open_run
 from zotune.presets import resolve
 from zotune.reporters import SilentReporter
@@ -82,6 +82,9 @@ def convergence(
         ConfigError: A name or a value is not allowed; nothing has been trained then.
         DataError: Rows are not there.
     """
+    for name, given in (("methods", methods), ("tasks", tasks), ("seeds", seeds)):
+        if not given:
+            raise ConfigError(f"there are no {name} to measure; give at least one")
     base: dict[str, Any] = {
         "model": {"path": model or str(demo.fetch().model), "dtype": resolved(dtype)},
         "data": {"validation_size": validation_rows} if validation_rows else {},
