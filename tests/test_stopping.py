@@ -46,6 +46,7 @@ def test_the_best_is_the_earliest_of_the_lowest() -> None:
     assert stopping.best(evaluations(0.9, 0.5, math.nan, 0.5, 0.7)) == 10
     assert stopping.best(evaluations(math.nan, math.inf)) is None
     assert stopping.best({}) is None
+    assert stopping.best(dict(reversed(evaluations(0.9, 0.5, 0.5, 0.7).items()))) == 10
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,13 @@ def test_patience_counts_evaluations_since_the_last_improvement(
     losses: list[float], patience: int | None, min_delta: float, expected: bool
 ) -> None:
     assert stalled(losses, patience, min_delta) == expected
+
+
+def test_evaluations_count_in_the_order_of_their_steps_and_the_reason_is_in_figures() -> None:
+    backwards = dict(reversed(evaluations(0.9, 0.8, 0.75, 0.7).items()))
+    stopping.stop_if_stalled(backwards, 1, 0.0)
+    with pytest.raises(StopRun, match=r"has not fallen by more than 0\.2 in 3 evaluations"):
+        stopping.stop_if_stalled(backwards, 2, 0.2)
 
 
 @given(LOSSES, st.integers(1, 4), st.floats(0, 0.5))
@@ -137,8 +145,9 @@ def test_a_run_that_was_interrupted_stops_where_it_would_have(configure: Configu
         ((math.nan, 0.7), (), True, False),
         ((0.7, 0.6), (0.1,), False, False),
         ((0.0, 0.0), (0.0,), False, False),
+        ((0.0, 0.0, 0.7, 0.7), (0.0, 0.0), False, True),
     ],
-    ids=["all the same", "not finite", "an estimate", "nothing left to learn"],
+    ids=["all the same", "not finite", "an estimate", "nothing left to learn", "the same along each direction"],
 )
 def test_steps_that_teach_nothing_are_told(
     losses: tuple[float, ...], coefficients: tuple[float, ...], diverged: bool, stuck: bool
@@ -149,3 +158,6 @@ def test_steps_that_teach_nothing_are_told(
     assert not stopping.has_diverged(entries, 4)
     assert not stopping.is_stuck(entries, 4)
     assert not stopping.is_stuck(entries, 2), "it was told a step before"
+    taught = Entry(0, (0.7, 0.6), (0.1,), 1e-3, 0)
+    assert stopping.has_diverged([taught, *entries], 3) is diverged
+    assert stopping.is_stuck([taught, *entries], 3) is stuck

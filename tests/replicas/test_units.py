@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,7 +33,9 @@ def test_units_cover_every_probe_and_row_once_and_join_to_the_whole(
     whole = np.arange(len(probes) * ends[-1], dtype=np.float32).reshape(len(probes), -1)
     parts = [whole[unit.probes, ends[unit.rows.start] : ends[unit.rows.stop]] for unit in planned]
     assert sum(part.size for part in parts) == whole.size
-    np.testing.assert_array_equal(units.join(planned, parts, len(probes), batch), whole)
+    joined = units.join(planned, parts, len(probes), batch)
+    assert joined.dtype == np.float32
+    np.testing.assert_array_equal(joined, whole)
     tokens = len(probes) * sum(row.n_tokens for row in batch)
     assert sum(unit.tokens for unit in planned) == tokens
     for unit in planned:
@@ -49,6 +52,8 @@ def test_plus_and_minus_stay_together_unless_the_split_is_by_sign(directions: in
         unit.probes.stop - unit.probes.start == 1
         for unit in units.plan(probes, batch, split="sign", unit_tokens=unit_tokens)
     )
+    whole = slice(0, len(probes))
+    assert all(unit.probes == whole for unit in units.plan(probes, batch, split="rows", unit_tokens=unit_tokens))
 
 
 def test_small_directions_go_together_and_large_ones_are_cut_by_rows() -> None:
@@ -73,6 +78,7 @@ def test_every_unit_is_dealt_once_and_nobody_is_later_than_a_greedy_deal_may_be(
     for share, speed in zip(dealt, speeds, strict=True):
         given = [costs[unit] for unit in share]
         last = min(given, default=0)
+        assert share == sorted(share)
         assert sum(given) / speed <= (sum(costs) + (len(speeds) - 1) * last) / sum(speeds) * (1 + 1e-9)
 
 
@@ -88,3 +94,11 @@ def test_a_replica_without_work_is_tried_again() -> None:
         speed = shares.idle(speed, 1.0)
         tried += 1
     assert 1 <= tried < 20
+
+
+def test_a_speed_nears_what_was_measured_or_what_others_have() -> None:
+    assert shares.measured(None, 300, 2.0) == 150
+    assert shares.measured(100.0, 300, 2.0) == pytest.approx(0.7 * 100 + 0.3 * 150)
+    assert shares.idle(1.0, 3.0) == pytest.approx(0.95 * 1 + 0.05 * 3)
+    # A clock may not have moved.
+    assert 0 < shares.measured(None, 300, 0.0) < float("inf")
