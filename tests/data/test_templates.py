@@ -36,7 +36,7 @@ def test_render(template, expected):
 
 
 def test_fields():
-    assert Template.parse("data.prompt", "{text} and {stars}, {text}").fields == {"text", "stars"}
+    assert Template.parse("data.prompt", "{text} and {stars}, {text}!").fields == {"text", "stars"}
 
 
 @pytest.mark.parametrize("template", ["{text", "text}", "{}", "{text!r}", "{stars:02d}", "{text:}}"])
@@ -70,7 +70,7 @@ def test_fields_without_text_are_refused(field, got):
         lookup(ROW, field, "row 2", "data.label")
 
 
-@pytest.mark.parametrize("field", ["answers.txt", "answers.text.2", "answers.text.-1", "many.0.0", "text.0"])
+@pytest.mark.parametrize("field", ["answers.txt", "answers.text.2", "answers.text.-1", "many.²", "many.0.0", "text.0"])
 def test_a_nested_field_that_is_not_there_is_named_with_what_holds_it(field):
     parent, _, name = field.rpartition(".")
     with pytest.raises(DataError, match=rf"row 2: the field '{parent}' has no '{name}' in it"):
@@ -83,3 +83,8 @@ def test_one_text_or_several():
     assert texts({"a": ["x", 1, "x"]}, "a", "row 2", "data.answers") == ("x", "1")
     with pytest.raises(DataError, match=r"data\.answers: row 2: the field 'a\.1' holds nothing"):
         texts({"a": ["x", None]}, "a", "row 2", "data.answers")
+
+
+def test_several_texts_of_a_field_whose_own_name_has_dots():
+    row = {"answers.text": ["nine", "9"], "answers": {"text": ["ten"]}}
+    assert texts(row, "answers.text", "row 2", "data.answers") == ("nine", "9")

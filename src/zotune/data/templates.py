@@ -79,12 +79,7 @@ def lookup(record: Record, field: str, where: str, key: str) -> str | int | floa
     Raises:
         DataError: There is no such field, or it holds neither text nor a finite number.
     """
-    found = value(record, field, where, key)
-    if not isinstance(found, str | int | float) or (isinstance(found, float) and not math.isfinite(found)):
-        raise DataError(f"{key}: {where}: the field {field!r} holds {named(found)}; it must hold text or a number.")
-    if isinstance(found, str):
-        require_characters(found, f"{key}: {where}: the field {field!r}")
-    return found
+    return _plain(value(record, field, where, key), field, where, key)
 
 
 def texts(record: Record, field: str, where: str, key: str) -> tuple[str, ...]:
@@ -95,10 +90,10 @@ def texts(record: Record, field: str, where: str, key: str) -> tuple[str, ...]:
     """
     found = value(record, field, where, key)
     if not isinstance(found, list | tuple):
-        return (str(lookup(record, field, where, key)),)
+        return (str(_plain(found, field, where, key)),)
     if not found:
         raise DataError(f"{key}: {where}: the field {field!r} holds an empty list; it must hold at least one text.")
-    return tuple(dict.fromkeys(str(lookup(record, f"{field}.{i}", where, key)) for i in range(len(found))))
+    return tuple(dict.fromkeys(str(_plain(each, f"{field}.{i}", where, key)) for i, each in enumerate(found)))
 
 
 def value(record: Record, field: str, where: str, key: str) -> Any:
@@ -119,6 +114,15 @@ def value(record: Record, field: str, where: str, key: str) -> Any:
             raise DataError(f"{key}: {where}: {unknown('field', field, (str(each) for each in record))}")
         else:
             raise DataError(f"{key}: {where}: the field {'.'.join(names[:depth])!r} has no {name!r} in it.")
+    return found
+
+
+def _plain(found: Any, field: str, where: str, key: str) -> str | int | float:
+    """What was found in a field, if it is text or a finite number; a `DataError` otherwise."""
+    if not isinstance(found, str | int | float) or (isinstance(found, float) and not math.isfinite(found)):
+        raise DataError(f"{key}: {where}: the field {field!r} holds {named(found)}; it must hold text or a number.")
+    if isinstance(found, str):
+        require_characters(found, f"{key}: {where}: the field {field!r}")
     return found
 
 
