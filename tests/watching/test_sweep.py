@@ -87,6 +87,14 @@ def test_listed_runs_stand_alone_or_are_combined_with_the_grid(tmp_path: Path) -
         ('[grid]\noutput = ["a", "b"]\n' + SMALLEST, "output cannot vary"),
         ("[grid]\ntrain.seed = [0, 0]\n" + SMALLEST, "seed=0.* and seed=0.* are the same run"),
         ("[grid]\ntrain.seed = [0]\n[[run]]\ntrain.seed = 1\n" + SMALLEST, r"train\.seed is set in \[grid\] and in"),
+        (
+            "[[run]]\nmethod.lr = 1e-3\n[grid]\nmethod = [{lr = 1e-5}, {lr = 1e-4}]\n" + SMALLEST,
+            r"method\.lr is set in \[grid\] and in",
+        ),
+        (
+            '[grid]\nmethod = [{lr = 1e-5}]\n"method.lr" = [1e-4]\n' + SMALLEST,
+            r"method\.lr is set .* or twice",
+        ),
         ('base = "nowhere.toml"\n[grid]\ntrain.seed = [0]\n', r"cannot read the configuration nowhere\.toml"),
         ("[grid]\ntrain.seed = [0]\n", "base is required"),
         ("gird = 1\n" + SMALLEST, "unknown key 'gird'. Did you mean 'grid'"),
@@ -112,6 +120,17 @@ def test_what_all_runs_have_in_common_does_not_vary(tmp_path: Path) -> None:
 def test_a_sweep_needs_a_folder(tmp_path: Path, output: str) -> None:
     with pytest.raises(ConfigError, match="output is required"):
         sweep.read(write(tmp_path / "sweep.toml", output + "[grid]\ntrain.seed = [0]\n" + SMALLEST))
+
+
+def test_keys_that_vary_together_are_tables_and_change_nothing_else(tmp_path: Path) -> None:
+    grid = '[grid]\nmethod = [{preset = "mezo"}, {preset = "lozo", interval = 5}]\n"method.lr" = [1e-5, 1e-4]\n'
+    plan = read(tmp_path, grid + SMALLEST + "[base.method]\neps = 0.5\n")
+    assert [run.name for run in plan.runs] == [
+        "preset=mezo,lr=1e-05", "preset=mezo,lr=0.0001",
+        "preset=lozo,interval=5,lr=1e-05", "preset=lozo,interval=5,lr=0.0001",
+    ]  # fmt: skip
+    assert [run.config.method.lr for run in plan.runs] == [1e-5, 1e-4, 1e-5, 1e-4]
+    assert {run.config.method.eps for run in plan.runs} == {0.5}
 
 
 values = st.one_of(

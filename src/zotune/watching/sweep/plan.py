@@ -128,12 +128,15 @@ def _points(path: Path, grid: Any, runs: Any) -> list[Point]:
     for key, values in columns.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path}: grid.{key} must be a list of values with one at least (got {values!r})")
-    for key in {*columns, *(key for each in listed for key in each)}:
+    # A table among the values sets each of its keys, as it does in a listed run.
+    options = [[flatten({key: value}) for value in values] for key, values in columns.items()]
+    places = Counter(key for points in (*options, listed) for key in dict.fromkeys(itertools.chain(*points)))
+    for key, count in places.items():
         if key == "output":
             raise ConfigError(f"{path}: output cannot vary: the sweep names the directories of its runs")
-        if key in columns and any(key in each for each in listed):
-            raise ConfigError(f"{path}: {key} is set in [grid] and in [[run]]; leave one of them out")
-    combinations = [dict(zip(columns, values, strict=True)) for values in itertools.product(*columns.values())]
+        if count > 1:
+            raise ConfigError(f"{path}: {key} is set in [grid] and in [[run]], or twice in [grid]; leave one out")
+    combinations = [dict(item for part in parts for item in part.items()) for parts in itertools.product(*options)]
     return [each | combination for each in listed or [{}] for combination in combinations]
 
 
