@@ -97,7 +97,8 @@ def _fold(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    own = tl.load(programs + 2 * tl.program_id(0))
+    # What is multiplied by it below, a place among the factors of all matrices, may be beyond 32 bits.
+    own = tl.load(programs + 2 * tl.program_id(0)).to(tl.int64)
     top = tl.load(programs + 2 * tl.program_id(0) + 1)
     offset, rows = tl.load(table + 4 * own), tl.load(table + 4 * own + 1).to(tl.int32)
     above, streams = tl.load(table + 4 * own + 2), tl.load(table + 4 * own + 3)
