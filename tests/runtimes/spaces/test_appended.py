@@ -50,6 +50,7 @@ def test_room_is_for_layers_that_are_no_wider_than_their_outputs(monkeypatch: py
     # Six terms, of as many columns as the rank and one for the bias; a quarter of the inputs is 128.
     assert (room(512, directions=5, rank=9), room(512, directions=5, rank=10)) == (64, 96)
     assert (room(512, directions=5, rank=21), room(512, directions=5, rank=21, tuned="w")) == (0, 128)
+    assert not appended.pays(torch.bfloat16, "cuda"), "a GPU writes outputs as fast as it reads"
     monkeypatch.setattr(appended, "product_dtype", lambda dtype, device: torch.float32)
     assert room(512) == 0, "16-bit products are not what is computed"
 
@@ -129,3 +130,24 @@ def test_an_output_is_rounded_once_with_its_bias_in_16_bits(monkeypatch: pytest.
         exact = x.double() @ (kept + moved @ double(matrix.v).T).T + bias
     best = (exact.bfloat16().double() - exact).abs().mean()
     assert (got.double() - exact).abs().mean() < 1.1 * best
+
+
+@pytest.mark.usefixtures("everywhere_beside")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("decay", "steps"), [(100.0, 1), (99.0, 30), (60.0, 2)], ids=["nothing", "a trace", "a part"])
+def test_factors_are_seen_whatever_decay_has_left_of_a_weight(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, decay: float, steps: int
+) -> None:
+    for module in ("modules", "runtime"):
+        monkeypatch.setattr(f"zotune.runtimes.embedded.{module}.product_dtype", lambda dtype, device: dtype)
+    method = Method(weight_decay=decay)
+    runtimes = [EmbeddedRuntime(tiny.model("opt").to(dtype), method)]
+    monkeypatch.setattr(appended, "pays", lambda dtype, device: False)
+    runtimes.append(EmbeddedRuntime(tiny.model("opt").to(dtype), method))
+    key = DirectionKey(0, steps, 0)
+    for runtime in runtimes:
+        for step in range(steps):
+            runtime.apply(Update(step, 0, ((DirectionKey(0, step, 0), 0.5),), 0.01, closes_window=False))
+    found, alone = (runtime.score([Probe(key, 1, 0.1)], ROWS) for runtime in runtimes)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    np.testing.assert_allclose(found, alone, rtol=tolerance, atol=tolerance)

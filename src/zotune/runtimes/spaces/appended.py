@@ -34,6 +34,9 @@ _STEP = 32
 _SHARE = 4
 """Room is at most the inputs over this. What is to be computed grows as much, and is still faster."""
 
+_LITTLE = 0.5
+"""Where weight decay has left less of a weight, factors are not divided by that: by next to nothing they overflow."""
+
 _INTEGERS = {4: torch.int32, 8: torch.int64}
 """By their bytes."""
 
@@ -83,6 +86,11 @@ class AppendedProduct(Projection):
         if not self.moves:
             return plain(x, weight, bias, self.keep)
         projected = self.factors_of(x).mul_(self.amounts)
+        if abs(self.keep) < _LITTLE:
+            # Two products, the large one added before it is rounded, as in `SkinnyProduct`.
+            y = F.linear(projected, self._stored[:, self._inputs :], bias)
+            y.flatten(0, 1).addmm_(x.flatten(0, 1), weight.T, alpha=self.keep)
+            return y
         if self.keep != 1.0:
             projected.div_(self.keep)
         return plain(torch.cat([x, projected], -1), self._stored, bias, self.keep)
