@@ -9,6 +9,7 @@ from tiny_tokenizers import byte_level
 
 from zotune.config import DataConfig
 from zotune.data import load
+from zotune.data.split import Drawn
 from zotune.errors import DataError
 
 TOKENIZER = byte_level(bos=True)
@@ -60,6 +61,29 @@ def test_the_rows_of_tasks_stay_those_of_mezo_and_the_overlap_is_told(tmp_path):
         "validation: " in notice and "training rows too stay, and make the evaluation look better" in notice
         for notice in data.notices
     )
+
+
+def test_rows_of_two_files_are_both_drawn_under_the_seed(tmp_path):
+    train = write(tmp_path / "train.jsonl", [{"text": f"film {i}", "label": i % 2} for i in range(10)])
+    validation = write(tmp_path / "validation.jsonl", [{"text": f"new {i}", "label": i % 2} for i in range(10)])
+    data = load(config(train, validation=validation, split_seed=3, train_size=6, validation_size=4), TOKENIZER, 64)
+    drawn = np.random.RandomState(3).permutation(10)
+    for kind, examples, number in (("film", data.train, 6), ("new", data.validation, 4)):
+        texts = [TOKENIZER.decode(each.row.prompt, skip_special_tokens=True) for each in examples]
+        assert texts == [f"{kind} {i} It was" for i in drawn[:number]]
+
+
+def test_rows_are_read_in_the_order_of_the_file_and_given_in_that_of_the_draw():
+    read: list[int] = []
+
+    class Recording:
+        def __getitem__(self, index: int) -> dict[str, int]:
+            read.append(index)
+            return {"n": index}
+
+    drawn = Drawn("rows.jsonl", Recording(), np.array([5, 0, 3, 1]), lambda row, where: row)
+    assert drawn[:3].rows() == [(f"row {i + 1} of rows.jsonl", {"n": i}) for i in (5, 0, 3)]
+    assert read == [0, 3, 5]
 
 
 def test_overlap_of_two_files_is_told_and_left(tmp_path):

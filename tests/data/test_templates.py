@@ -80,7 +80,8 @@ def test_a_nested_field_that_is_not_there_is_named_with_what_holds_it(field):
 def test_one_text_or_several():
     assert texts(ROW, "text", "row 2", "data.answers") == ("a film",)
     assert texts(ROW, "stars", "row 2", "data.answers") == ("4",)
-    assert texts({"a": ["x", 1, "x"]}, "a", "row 2", "data.answers") == ("x", "1")
+    for several in (["x", 1, "x"], ("x", 1, "x")):
+        assert texts({"a": several}, "a", "row 2", "data.answers") == ("x", "1")
     with pytest.raises(DataError, match=r"data\.answers: row 2: the field 'a\.1' holds nothing"):
         texts({"a": ["x", None]}, "a", "row 2", "data.answers")
 

@@ -43,7 +43,7 @@ def room(
 def test_room_is_for_layers_that_are_no_wider_than_their_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(appended, "product_dtype", lambda dtype, device: dtype)
     assert room(512) == 32
-    assert room(512, 128, 128) == 32
+    assert room(256, 128, 128) == 32
     assert room(511) == 0, "outputs are cheaper to write twice"
     assert room(512, tuned="") == 0
     assert room(512, dtype=torch.float32) == 0
