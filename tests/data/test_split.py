@@ -86,6 +86,12 @@ def test_rows_are_read_in_the_order_of_the_file_and_given_in_that_of_the_draw():
     assert read == [0, 3, 5]
 
 
+def test_a_tenth_is_held_out_where_nobody_says_how_much(tmp_path):
+    lines = [{"text": f"film {i}", "label": i % 2} for i in range(100)]
+    data = load(config(write(tmp_path / "rows.jsonl", lines)), TOKENIZER, 64)
+    assert (len(data.train), len(data.validation)) == (90, 10)
+
+
 def test_overlap_of_two_files_is_told_and_left(tmp_path):
     train = write(tmp_path / "train.jsonl", [{"text": f"film {i}", "label": i % 2} for i in range(8)])
     validation = write(tmp_path / "validation.jsonl", [{"text": f"film {i}", "label": i % 2} for i in range(6, 10)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from tiny_runs import Recorder, configure, contents
@@ -144,6 +144,9 @@ points = st.lists(
 
 
 @given(points)
+@example([{"train.seed": 1}, {"train.seed": "1"}])
+@example([{"model.path": "Llama"}, {"model.path": "llama"}])
+@example([{"model.path": "m" * 96}])
 def test_names_are_different_and_fit_for_any_file_system(chosen: list[dict[str, Any]]) -> None:
     found = names(chosen)
     assert len({name.casefold() for name in found}) == len(chosen)

@@ -4,6 +4,7 @@ That scores, updates and state are the oracle's is shown by `tests/test_conforma
 """
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def test_fewer_directions_than_there_is_room_for_are_seen_as_without_it(monkeypa
     runtime = EmbeddedRuntime(tiny.model("opt"), Method(directions=3))
     monkeypatch.setattr(appended, "pays", lambda dtype, device: False)
     alone = EmbeddedRuntime(tiny.model("opt"), Method(directions=3))
-    for asked in (probes(0, 1, 2), probes(1), [CLEAN, *probes(2, 0)]):
+    key = DirectionKey(0, 0, 1)
+    minus, nearer, nowhere = Probe(key, -1, 0.1), Probe(key, -1, 0.05), Probe(key, 1, 1e-60)
+    for asked in (probes(0, 1, 2), probes(1), [CLEAN, *probes(2, 0)], [minus], [*probes(1), nearer], [nowhere]):
         np.testing.assert_allclose(runtime.score(asked, ROWS), alone.score(asked, ROWS), rtol=1e-5, atol=1e-5)
 
 
@@ -151,3 +154,17 @@ def test_factors_are_seen_whatever_decay_has_left_of_a_weight(
     found, alone = (runtime.score([Probe(key, 1, 0.1)], ROWS) for runtime in runtimes)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     np.testing.assert_allclose(found, alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_numbers_are_copied_wherever_they_lie(columns: int, dtype: torch.dtype) -> None:
+    copies, pairs = appended._Copies(), []
+    for start, width in itertools.product(range(3), (columns, columns + 1, 8)):
+        flat = torch.zeros(20, dtype=dtype), torch.arange(20, dtype=dtype)
+        to, given = (each[start:][: 2 * width].view(2, width)[:, :columns] for each in flat)
+        pairs += [(to, given), (torch.zeros(2, 5, dtype=dtype)[:, start], given[:, 0])]
+    for pair in pairs:
+        copies.add(*pair)
+    copies.copy()
+    assert all(torch.equal(to, given) for to, given in pairs)
