@@ -69,6 +69,10 @@ def test_listed_runs_stand_alone_or_are_combined_with_the_grid(tmp_path: Path) -
         "preset=lozo-m",
         "preset=mezo,lr=1e-07",
     ]
+    apart = read(
+        tmp_path, "[[run]]\nmethod.lr = 1e-7\n[[run]]\ntrain.seed = 1\n" + SMALLEST + "[base.method]\neps = 0.5\n"
+    )
+    assert [(run.config.method.lr, run.config.train.seed) for run in apart.runs] == [(1e-7, 0), ("auto", 1)]
     both = read(tmp_path, listed + "[grid]\ntrain.seed = [0, 1]\n" + SMALLEST)
     assert [run.name for run in both.runs] == [
         "preset=lozo-m,seed=0", "preset=lozo-m,seed=1", "preset=mezo,lr=1e-07,seed=0", "preset=mezo,lr=1e-07,seed=1",
@@ -102,6 +106,7 @@ def test_listed_runs_stand_alone_or_are_combined_with_the_grid(tmp_path: Path) -
         ("run = 1\n" + SMALLEST, r"runs are listed as \[\[run\]\]"),
         ("run = [1]\n" + SMALLEST, r"runs are listed as \[\[run\]\]"),
         ("[[run]]\n[[run]]\n" + SMALLEST, "base.* and base.* are the same run"),
+        ("[[run]]\n[[run]]\ntrain.seed = 0\n" + SMALLEST, "base and seed=0 are the same run"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, text: str, message: str) -> None:
@@ -157,6 +162,10 @@ def test_names_are_different_and_fit_for_any_file_system(chosen: list[dict[str, 
     assert dict(zip(map(str, reversed(chosen)), names(chosen[::-1]), strict=True)) == dict(
         zip(map(str, chosen), found, strict=True)
     ), "a name must not depend on the order"
+
+
+def test_a_name_has_the_words_of_what_is_set() -> None:
+    assert names([{"data.label": ""}, {"data.label": "is it (sad)?"}, {}]) == ["label=empty", "label=is-it-sad", "base"]
 
 
 def test_every_run_is_an_ordinary_one_and_the_same_sweep_does_nothing_twice(tmp_path: Path, base: Config) -> None:

@@ -96,6 +96,15 @@ def test_fewer_directions_than_there_is_room_for_are_seen_as_without_it(monkeypa
 
 
 @pytest.mark.usefixtures("everywhere_beside")
+def test_factors_are_taken_whole_or_not_where_probes_are_equally_far() -> None:
+    runtime = EmbeddedRuntime(tiny.model("opt"), Method())
+    product = decoder_layers(runtime.model)[0].fc1.forward.matrix
+    for asked in (probes(0), [Probe(DirectionKey(0, 0, 0), -1, 0.1)], [CLEAN]):
+        runtime.score(asked, ROWS)
+        assert set(product.amounts.flatten().tolist()) <= {-1.0, 0.0, 1.0}
+
+
+@pytest.mark.usefixtures("everywhere_beside")
 def test_more_directions_than_there_is_room_for_are_scored_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = EmbeddedRuntime(tiny.model("llama"), Method(directions=2))
     asked: list[int] = []
