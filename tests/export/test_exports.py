@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from zotune import checkpoint
 from zotune.errors import ConfigError
 from zotune.export import apply_journal, drafts, export_run, journal_file
+from zotune.export.adapter import Adapter
 from zotune.export.recipe import Recipe
 from zotune.run import RunDirectory
 from zotune.runtimes.embedded import EmbeddedRuntime
@@ -140,6 +141,25 @@ def test_the_rank_for_vllm_is_one_that_it_has_where_the_matrices_are_kept_as_the
     exported = export_run(run.path, tmp_path / "adapter", "peft")
     assert exported.rank == 5
     assert "--max-lora-rank 8." in exported.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "stored", "served", "expected"),
+    [
+        (8, 8, True, "loads it with --max-lora-rank 8."),
+        (6, 8, True, "loads it with --max-lora-rank 8. It is padded with zeros to rank 8."),
+        (5, 5, True, "loads it with --max-lora-rank 8."),
+        (600, 600, True, "because its rank is above 512; the format merged is the way there."),
+        (
+            600,
+            600,
+            False,
+            "because it tunes more than the weights of linear layers; the format merged is the way there.",
+        ),
+    ],
+)
+def test_an_adapter_says_whether_vllm_loads_it(rank: int, stored: int, served: bool, expected: str) -> None:
+    assert Adapter(rank, stored, 0.0, None, served).notes[1].endswith(expected)
 
 
 def test_an_adapter_of_linear_layers_is_what_vllm_reads(tmp_path: Path) -> None:
