@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 from zotune import checkpoint
 from zotune.errors import ConfigError
 from zotune.export import apply_journal, drafts, export_run, journal_file
-from zotune.export.adapter import Adapter
+from zotune.export.adapter import Adapter, Places, write
 from zotune.export.recipe import Recipe
+from zotune.layout import Site
 from zotune.run import RunDirectory
 from zotune.runtimes.embedded import EmbeddedRuntime
 
@@ -134,6 +136,9 @@ def test_auto_finds_the_dtype_that_the_run_had(tmp_path: Path) -> None:
     settings.write_text(settings.read_text().replace('dtype = "bfloat16"', 'dtype = "auto"'))
     export_run(run.path, tmp_path / "merged")
     assert load(tmp_path / "merged").dtype == torch.bfloat16
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "bfloat16" in card
+    assert "PeftModel" not in card
 
 
 def test_the_rank_for_vllm_is_one_that_it_has_where_the_matrices_are_kept_as_they_are(tmp_path: Path) -> None:
@@ -162,6 +167,13 @@ def test_an_adapter_says_whether_vllm_loads_it(rank: int, stored: int, served: b
     assert Adapter(rank, stored, 0.0, None, served).notes[1].endswith(expected)
 
 
+@pytest.mark.parametrize("part", ["embeddings", "biases", "saved"])
+def test_vllm_is_told_to_load_weights_of_linear_layers_alone(part: str) -> None:
+    places = Places((Site("w", (2, 2)),), (), (), ())
+    assert places.served
+    assert not replace(places, **{part: ("something",)}).served
+
+
 def test_an_adapter_of_linear_layers_is_what_vllm_reads(tmp_path: Path) -> None:
     run = made_runs.make(tmp_path, "llama", "lozo", scope="linear", **WINDOWS)
     exported = export_run(run.path, tmp_path / "adapter", "peft")
@@ -172,6 +184,7 @@ def test_an_adapter_of_linear_layers_is_what_vllm_reads(tmp_path: Path) -> None:
     assert "rank 6" in exported.notes[0]
     assert "--max-lora-rank 8" in exported.notes[1]
     assert (config["modules_to_save"], config["bias"], config["use_rslora"]) == (None, "none", False)
+    assert config["inference_mode"]
     assert set(config["target_modules"]) == {
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
@@ -186,6 +199,21 @@ def test_an_adapter_of_everything_says_what_vllm_does_not_load(tmp_path: Path) -
     assert exported.rank == 6
     assert "vLLM's LoRA loader does not take it" in exported.notes[1]
     assert "merged" in exported.notes[1]
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors if "embed_tokens" in name} == {
+        "lora_embedding_A",
+        "lora_embedding_B",
+    }
+
+
+def test_an_adapter_names_its_base_model_and_the_revision(tmp_path: Path) -> None:
+    run = made_runs.make(tmp_path, "llama", "lozo", scope="linear", **WINDOWS)
+    recipe = Recipe.of_run(run.path)
+    recipe = replace(recipe, model=recipe.model.model_copy(update={"revision": "v1"}))
+    (tmp_path / "adapter").mkdir()
+    write(recipe, tmp_path / "adapter", rank=None, max_error=0.01)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(run.base), "v1")
 
 
 def test_a_smaller_rank_costs_the_error_that_is_told(tmp_path: Path) -> None:
