@@ -83,6 +83,15 @@ def test_the_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     assert "license" not in hub
 
 
+@pytest.mark.parametrize(("revision", "pinned"), [(None, ""), ("v1", ', revision="v1"')])
+def test_an_adapter_is_shown_on_the_base_model_that_it_was_tuned_on(
+    tmp_path: Path, revision: str | None, pinned: str
+) -> None:
+    found = replace(facts(tmp_path), base="some/model", hub=True, revision=revision)
+    text = render(found, "peft", dtype="bfloat16")
+    assert f'AutoModelForCausalLM.from_pretrained("some/model", dtype="bfloat16"{pinned})\n' in text
+
+
 def test_apply_writes_the_card_of_the_run(tmp_path: Path) -> None:
     facts(tmp_path)
     export_run(tmp_path / "run", tmp_path / "merged")

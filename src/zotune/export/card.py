@@ -114,7 +114,8 @@ def render(facts: Facts, kind: str, *, dtype: str, notes: Sequence[str] = ()) ->
     )
     what = "A PEFT adapter for" if kind == "peft" else "A fine-tune of"
     load = _LOAD_ADAPTER if kind == "peft" else _LOAD_MERGED
-    load = load.replace("BASE", facts.base if facts.hub else "BASE").replace("DTYPE", dtype)
+    pinned = f', revision="{facts.revision}"' if facts.revision else ""
+    load = load.replace("BASE", facts.base if facts.hub else "BASE").replace('"DTYPE"', f'"{dtype}"{pinned}')
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _rows(facts, dtype) if value)
     parts = [
         f"---\n{front.to_yaml().strip()}\n---",
