@@ -185,6 +185,9 @@ def test_an_adapter_of_linear_layers_is_what_vllm_reads(tmp_path: Path) -> None:
     assert "--max-lora-rank 8" in exported.notes[1]
     assert (config["modules_to_save"], config["bias"], config["use_rslora"]) == (None, "none", False)
     assert config["inference_mode"]
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert all(text in card for text in ("PeftModel", *exported.notes))
+    assert (tmp_path / "adapter" / "tokenizer.json").exists()
     assert set(config["target_modules"]) == {
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
