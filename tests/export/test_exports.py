@@ -209,6 +209,13 @@ def test_an_adapter_of_everything_says_what_vllm_does_not_load(tmp_path: Path) -
     }
 
 
+@pytest.mark.parametrize(("family", "bias"), [("opt", "lora_only"), ("llama-tied", "none")])
+def test_peft_is_told_of_biases_where_some_are_tuned(tmp_path: Path, family: str, bias: str) -> None:
+    run = made_runs.make(tmp_path, family, "lozo", **WINDOWS)
+    export_run(run.path, tmp_path / "adapter", "peft")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["bias"] == bias
+
+
 def test_an_adapter_names_its_base_model_and_the_revision(tmp_path: Path) -> None:
     run = made_runs.make(tmp_path, "llama", "lozo", scope="linear", **WINDOWS)
     recipe = Recipe.of_run(run.path)

@@ -58,11 +58,10 @@ def test_it_folds_to_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype, m
     generator = torch.Generator().manual_seed(0)
     shapes = {"first": (9,), "w": shape, "matrix": (3, 5), "decayed": (11,), "last": (30,)}
     start = {name: torch.randn(each, generator=generator).to(dtype) for name, each in shapes.items()}
-    # As small as they come, where float16 has steps of one size.
+    # As small as they come, where float16 has steps of one size; and this change is not stored row by row.
     start["matrix"] *= 2.0**-15
     change = {name: (torch.randn(each, generator=generator) / 20).__getitem__ for name, each in shapes.items()}
-    # A change need not be stored row by row.
-    change["matrix"] = (torch.randn(5, 3, generator=generator) / 20).T.__getitem__
+    change["matrix"] = (torch.randn(5, 3, generator=generator) * 2.0**-18).T.__getitem__
     keep = dict.fromkeys(shapes, 1.0) | {"w": 0.999, "decayed": 0.999}
     # Several streams for the larger ones, and several launches.
     monkeypatch.setattr(fold, "_CHUNK", 1 << 12)
