@@ -214,7 +214,7 @@ def _targets(model: Any, tensors: Collection[str]) -> dict[str, Any]:
     modules = {name.partition(".lora_")[0] for name in tensors}
     leaves = {name.rpartition(".")[2] for name in modules}
     # Short names are what people know and other programs expect; they do if they mean nothing else in this model.
-    meant = {name.replace(".base_layer", "") for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in modules)
     return {"target_modules": sorted(leaves if meant == modules else modules), "fan_in_fan_out": transposed}
 
