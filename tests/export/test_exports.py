@@ -18,11 +18,14 @@ from safetensors.torch import load_file
 from zotune import checkpoint
 from zotune.errors import ConfigError
 from zotune.export import apply_journal, drafts, export_run, journal_file
-from zotune.export.adapter import Adapter, Places, write
+from zotune.export.adapter import Adapter, Places, _targets, write
 from zotune.export.recipe import Recipe
+from zotune.journal import records
 from zotune.layout import Site
 from zotune.run import RunDirectory
 from zotune.runtimes.embedded import EmbeddedRuntime
+from zotune.runtimes.sites import find_sites
+from zotune.testing import tiny
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -216,6 +219,30 @@ def test_peft_is_told_of_biases_where_some_are_tuned(tmp_path: Path, family: str
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["bias"] == bias
 
 
+@pytest.mark.parametrize(
+    ("family", "modules", "named", "transposed"),
+    [
+        ("llama", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"], ["up_proj"], False),
+        ("llama", ["model.layers.1.mlp.up_proj"], ["model.layers.1.mlp.up_proj"], False),
+        ("gpt2", [f"transformer.h.{layer}.attn.c_attn" for layer in (0, 1)], ["c_attn"], True),
+    ],
+)
+def test_peft_is_told_of_modules_that_are_tuned_by_names_that_mean_no_other(
+    family: str, modules: list[str], named: list[str], transposed: bool
+) -> None:
+    found = _targets(tiny.model(family), [f"{module}.lora_A.weight" for module in modules])
+    assert found == {"target_modules": named, "fan_in_fan_out": transposed}
+
+
+@pytest.mark.parametrize(
+    ("family", "scope", "whole"),
+    [("llama-tied", "all", True), ("llama-tied", "linear", False), ("llama", "all", False)],
+)
+def test_a_head_goes_along_whole_where_it_is_a_tuned_embedding(family: str, scope: str, whole: bool) -> None:
+    model = tiny.model(family)
+    assert ("lm_head" in Places.of(model, find_sites(model, scope)).saved) is whole
+
+
 def test_an_adapter_names_its_base_model_and_the_revision(tmp_path: Path) -> None:
     run = made_runs.make(tmp_path, "llama", "lozo", scope="linear", **WINDOWS)
     recipe = Recipe.of_run(run.path)
@@ -276,10 +303,14 @@ def test_a_journal_file_is_small_and_always_the_same(tmp_path: Path) -> None:
     export_run(run.path, tmp_path / "b", "journal")
     assert first.bytes == (tmp_path / "a").stat().st_size < 2000
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a").read_bytes()[4:8] == bytes(4), "gzip keeps the time there"
 
 
 def test_a_journal_file_has_the_steps_that_it_tells_of_though_the_run_goes_on(tmp_path: Path) -> None:
     run = made_runs.make(tmp_path, "llama", "lozo", **WINDOWS)
+    journal = RunDirectory(run.path).journal
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:3], records.line(records.Change(2, {"method.eps": 0.5})), *lines[3:]]))
     recipe = Recipe.of_run(run.path)
     known = recipe.journal.path.read_bytes()
     recipe.journal.path.write_bytes(known + known.splitlines(keepends=True)[-1] + b'{"step": 8, "loss')

@@ -152,6 +152,24 @@ def test_another_preface_is_refused(
         apply_journal(str(run.base), tmp_path / "changed", tmp_path / "out")
 
 
+@pytest.mark.parametrize("key", ["dtype", "trust_remote_code", "facts"])
+def test_a_preface_that_lacks_something_is_refused(run: MadeRun, file: Path, tmp_path: Path, key: str) -> None:
+    first, _, rest = gzip.decompress(file.read_bytes()).partition(b"\n")
+    about = {name: value for name, value in json.loads(first).items() if name != key}
+    (tmp_path / "changed").write_bytes(gzip.compress(json.dumps(about).encode() + b"\n" + rest))
+    with pytest.raises(JournalError, match=f"lacks what a journal file of version 1 has: .*{key}"):
+        apply_journal(str(run.base), tmp_path / "changed", tmp_path / "out")
+
+
+def test_the_revision_is_that_of_the_base_model_which_the_run_had_and_of_no_other(file: Path, tmp_path: Path) -> None:
+    first, _, rest = gzip.decompress(file.read_bytes()).partition(b"\n")
+    about = json.loads(first)
+    about["facts"] |= {"base": "some/model", "revision": "v1"}
+    (tmp_path / "changed").write_bytes(gzip.compress(json.dumps(about).encode() + b"\n" + rest))
+    found = [journal_file.read(tmp_path / "changed", base).model for base in ("some/model", "another/model")]
+    assert [(model.path, model.revision) for model in found] == [("some/model", "v1"), ("another/model", None)]
+
+
 def test_a_file_does_not_decide_whose_code_is_run(run: MadeRun, file: Path, tmp_path: Path) -> None:
     first, _, rest = gzip.decompress(file.read_bytes()).partition(b"\n")
     changed = json.dumps(json.loads(first) | {"trust_remote_code": True}).encode()

@@ -8,7 +8,7 @@ from zotune.layout import Site
 from zotune.noise import NoiseBlock
 from zotune.optimizer import Method, Optimizer
 from zotune.runtimes.folding.fold import Fold, MasterFold, StochasticFold
-from zotune.runtimes.folding.move import Move
+from zotune.runtimes.folding.move import LowRankChange, Move
 from zotune.runtimes.folding.rounding import stochastic_round
 from zotune.runtimes.spaces.dense import DenseSpace
 from zotune.runtimes.spaces.lowrank import LowRankSpace
@@ -60,6 +60,11 @@ def test_rounding_goes_to_a_neighbour_and_its_mean_is_the_value(dtype: torch.dty
         assert order(above) - order(below) == 1
         step = above.double() - below.double()
         assert abs(rounded.double().mean() - value) <= step / 65536
+
+
+def test_a_change_of_low_rank_is_multiplied_out_for_the_rows_that_are_asked_for() -> None:
+    left, right = torch.randn(7, 2), torch.randn(5, 2)
+    torch.testing.assert_close(LowRankChange(left, right)(slice(2, 5)), (left @ right.T)[2:5])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
