@@ -21,6 +21,7 @@ from zotune.errors import ConfigError
 from zotune.reporters import SilentReporter
 from zotune.run import RunDirectory
 from zotune.watching import sweep
+from zotune.watching.sweep import work
 from zotune.watching.sweep.plan import names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,8 +242,36 @@ def test_a_directory_of_another_run_is_left_alone(tmp_path: Path, base: Config) 
     assert contents(plan.runs[0].path) == before
 
 
+def test_an_unfinished_run_of_another_configuration_is_not_gone_on_with(tmp_path: Path, base: Config) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(plan, lambda: Recorder(stop_after=2))
+    before = contents(plan.runs[0].path)
+    changed = sweep.read(sweep_file(tmp_path, base.having("train", batch_size=2), "[grid]", "train.seed = [0]"))
+    assert sweep.run(changed, Recorder) == {}
+    assert contents(plan.runs[0].path) == before
+    summary = sweep.summarise(changed)
+    assert (summary.rows[0].state, summary.rows[0].steps, summary.rows[0].seconds) == ("failed", 2, 0.0)
+    assert summary.plot is None, "its figures are not those of the sweep"
+
+
+def test_whatever_is_raised_costs_one_run(tmp_path: Path, base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0, 1]"))
+    live, finished = Recorder(), []
+
+    def carry_on(planned: sweep.Planned, *_: object) -> None:
+        if planned is plan.runs[0]:
+            raise MemoryError("no more of it")
+
+    monkeypatch.setattr(work, "carry_on", carry_on)
+    monkeypatch.setattr(live, "finish", lambda: finished.append(live))
+    assert sweep.run(plan, lambda: live) == {"seed=0": "MemoryError: no more of it"}
+    assert live.notices[1] == "seed=0 failed: MemoryError: no more of it"
+    assert len(finished) == 2
+
+
 def test_the_summary_is_sorted_and_spreads_over_seeds(tmp_path: Path, base: Config) -> None:
-    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "method.lr = [1e-3, 1e-9]", "train.seed = [0, 1]"))
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "method.lr = [1e-9, 1e-3]", "train.seed = [0, 1]"))
     assert {row.state for row in sweep.summarise(plan).rows} == {"waiting"}
     sweep.run(plan, SilentReporter)
     summary = sweep.summarise(plan)
@@ -270,7 +299,11 @@ def test_the_summary_is_sorted_and_spreads_over_seeds(tmp_path: Path, base: Conf
 def test_the_models_of_earlier_runs_are_let_go(tmp_path: Path, base: Config) -> None:
     plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0, 1]"))
     before = models_in_memory()
-    sweep.run(plan, SilentReporter)
+    gc.disable()
+    try:
+        sweep.run(plan, SilentReporter)
+    finally:
+        gc.enable()
     assert models_in_memory() <= before
 
 
