@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from zotune.run import RunDirectory
 from zotune.watching import sweep
 from zotune.watching.sweep import work
 from zotune.watching.sweep.plan import names
+from zotune.watching.sweep.summary import _rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -246,6 +248,9 @@ def test_an_unfinished_run_of_another_configuration_is_not_gone_on_with(tmp_path
     plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
     with pytest.raises(KeyboardInterrupt):
         sweep.run(plan, lambda: Recorder(stop_after=2))
+    (row,) = sweep.summarise(plan, {"seed=0": "no more memory"}).rows
+    assert (row.state, row.reason, row.steps) == ("failed", "no more memory", 2)
+    assert sweep.summarise(plan, {}).rows[0].state == "interrupted"
     before = contents(plan.runs[0].path)
     changed = sweep.read(sweep_file(tmp_path, base.having("train", batch_size=2), "[grid]", "train.seed = [0]"))
     assert sweep.run(changed, Recorder) == {}
@@ -257,17 +262,50 @@ def test_an_unfinished_run_of_another_configuration_is_not_gone_on_with(tmp_path
 
 def test_whatever_is_raised_costs_one_run(tmp_path: Path, base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0, 1]"))
-    live, finished = Recorder(), []
+    live, ended = Recorder(), []
 
     def carry_on(planned: sweep.Planned, *_: object) -> None:
         if planned is plan.runs[0]:
             raise MemoryError("no more of it")
 
     monkeypatch.setattr(work, "carry_on", carry_on)
-    monkeypatch.setattr(live, "finish", lambda: finished.append(live))
+    monkeypatch.setattr(live, "finish", lambda: ended.append("told"))
+    monkeypatch.setattr(work, "release", lambda: ended.append("released"))
     assert sweep.run(plan, lambda: live) == {"seed=0": "MemoryError: no more of it"}
     assert live.notices[1] == "seed=0 failed: MemoryError: no more of it"
-    assert len(finished) == 2
+    assert ended == ["told", "released"] * 2
+
+
+def test_a_folder_that_is_no_run_is_told_and_left_alone(tmp_path: Path, base: Config) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
+    plan.runs[0].path.mkdir(parents=True)
+    write(plan.runs[0].path / "notes.txt", "mine")
+    before = contents(plan.runs[0].path)
+    live = Recorder()
+    assert sweep.run(plan, lambda: live) == {}
+    assert "is not a run directory" in live.notices[0]
+    assert contents(plan.runs[0].path) == before
+
+
+def test_losses_that_are_not_finite_are_no_best_and_no_last_one(tmp_path: Path, base: Config) -> None:
+    plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
+    sweep.run(plan, SilentReporter)
+    (before,) = sweep.summarise(plan).rows
+    record = {"kind": "eval", "step": 3, "loss": math.nan, "accuracy": math.nan, "examples": 4, "seconds": 0.5}
+    RunDirectory(plan.runs[0].path).add_metrics(record)
+    (row,) = sweep.summarise(plan).rows
+    assert (row.loss, row.score) == (None, None)
+    assert row.best_loss is not None
+    assert row.best_loss >= before.best_loss  # type: ignore[operator]
+    assert row.best_score is not None
+
+
+def test_what_has_no_figures_comes_last() -> None:
+    def row(name: str, loss: float | None, score: float | None) -> sweep.Row:
+        return sweep.Row(name, {}, "finished", None, 3, 1.0, loss, loss, score, score)
+
+    rows = [row("e", None, None), row("d", 0.1, None), row("c", None, 0.5), row("b", 0.3, 0.5), row("a", 0.9, 0.6)]
+    assert [each.name for each in sorted(rows, key=_rank)] == ["a", "b", "c", "d", "e"]
 
 
 def test_the_summary_is_sorted_and_spreads_over_seeds(tmp_path: Path, base: Config) -> None:
@@ -285,6 +323,9 @@ def test_the_summary_is_sorted_and_spreads_over_seeds(tmp_path: Path, base: Conf
         assert row.best_loss == min(each.loss for each in evaluations.values())
         assert (row.steps, row.seconds > 0) == (3, True)
     assert {json.dumps(group.point) for group in summary.groups} == {'{"method.lr": 0.001}', '{"method.lr": 1e-09}'}
+    ranks = [(-group.score, group.loss) for group in summary.groups if group.score is not None]
+    assert ranks == sorted(ranks)
+    assert len(ranks) == 2
     for group in summary.groups:
         losses = [row.loss for row in summary.rows if row.point["method.lr"] == group.point["method.lr"]]
         assert group.runs == 2
@@ -299,11 +340,7 @@ def test_the_summary_is_sorted_and_spreads_over_seeds(tmp_path: Path, base: Conf
 def test_the_models_of_earlier_runs_are_let_go(tmp_path: Path, base: Config) -> None:
     plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0, 1]"))
     before = models_in_memory()
-    gc.disable()
-    try:
-        sweep.run(plan, SilentReporter)
-    finally:
-        gc.enable()
+    sweep.run(plan, SilentReporter)
     assert models_in_memory() <= before
 
 
