@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from zotune.errors import ConfigError
 from zotune.reporters import SilentReporter
 from zotune.run import RunDirectory
 from zotune.watching import sweep
+from zotune.watching.standing import State
 from zotune.watching.sweep import work
 from zotune.watching.sweep.plan import names
-from zotune.watching.sweep.summary import _rank
+from zotune.watching.sweep.summary import _groups, _rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -244,6 +246,19 @@ def test_a_directory_of_another_run_is_left_alone(tmp_path: Path, base: Config) 
     assert contents(plan.runs[0].path) == before
 
 
+def test_a_run_is_the_planned_one_whoever_is_told_of_it_but_not_at_another_learning_rate(
+    tmp_path: Path, base: Config
+) -> None:
+    (planned,) = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]")).runs
+    work.carry_on(planned, work.whereabouts(planned), SilentReporter())
+    told = replace(planned, config=planned.config.having("track", tensorboard=True))
+    assert work.whereabouts(told).state == "finished"
+    for table, key, value in (("method", "lr", 0.125), ("data", "fields", {"text": "words"})):
+        other = work.whereabouts(replace(planned, config=planned.config.having(table, **{key: value})))
+        assert other.state == "failed"
+        assert f"{table}.{key}" in str(other.reason)
+
+
 def test_an_unfinished_run_of_another_configuration_is_not_gone_on_with(tmp_path: Path, base: Config) -> None:
     plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
     with pytest.raises(KeyboardInterrupt):
@@ -300,12 +315,37 @@ def test_losses_that_are_not_finite_are_no_best_and_no_last_one(tmp_path: Path, 
     assert row.best_score is not None
 
 
-def test_what_has_no_figures_comes_last() -> None:
-    def row(name: str, loss: float | None, score: float | None) -> sweep.Row:
-        return sweep.Row(name, {}, "finished", None, 3, 1.0, loss, loss, score, score)
+def row(name: str, loss: float | None, score: float | None, state: State = "finished", **point: Any) -> sweep.Row:
+    return sweep.Row(
+        name,
+        {key.replace("_", "."): each for key, each in point.items()},
+        state,
+        None,
+        3,
+        1.0,
+        *[loss] * 2,
+        *[score] * 2,
+    )
 
+
+def test_what_has_no_figures_comes_last() -> None:
     rows = [row("e", None, None), row("d", 0.1, None), row("c", None, 0.5), row("b", 0.3, 0.5), row("a", 0.9, 0.6)]
     assert [each.name for each in sorted(rows, key=_rank)] == ["a", "b", "c", "d", "e"]
+
+
+def test_seeds_are_put_together_of_runs_that_ended_with_a_loss() -> None:
+    rows = [
+        row("a", 1.0, 0.5, train_seed=0, method_lr=1.0),
+        row("b", 2.0, 1.0, train_seed=1, method_lr=1.0),
+        row("c", 4.0, 0.0, "interrupted", train_seed=2, method_lr=1.0),
+        row("d", None, None, train_seed=3, method_lr=1.0),
+        row("e", 3.0, None, train_seed=0, method_lr=2.0),
+        row("f", 3.0, None, method_lr=3.0),
+    ]
+    both, one = _groups(rows)
+    assert both == sweep.Group({"method.lr": 1.0}, 2, 1.5, 0.5**0.5, 0.75, 0.125**0.5)
+    assert one == sweep.Group({"method.lr": 2.0}, 1, 3.0, None, None, None)
+    assert _groups(rows[1:]) == [], "one seed each has no spread"
 
 
 def test_the_summary_is_sorted_and_spreads_over_seeds(tmp_path: Path, base: Config) -> None:
@@ -321,6 +361,8 @@ def test_the_summary_is_sorted_and_spreads_over_seeds(tmp_path: Path, base: Conf
         evaluations = RunDirectory(plan.folder / row.name).evaluations()
         assert row.loss == evaluations[3].loss
         assert row.best_loss == min(each.loss for each in evaluations.values())
+        assert row.score == evaluations[3].shares["accuracy"]
+        assert row.best_score == max(each.shares["accuracy"] for each in evaluations.values())
         assert (row.steps, row.seconds > 0) == (3, True)
     assert {json.dumps(group.point) for group in summary.groups} == {'{"method.lr": 0.001}', '{"method.lr": 1e-09}'}
     ranks = [(-group.score, group.loss) for group in summary.groups if group.score is not None]
