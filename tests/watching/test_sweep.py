@@ -315,17 +315,10 @@ def test_losses_that_are_not_finite_are_no_best_and_no_last_one(tmp_path: Path, 
     assert row.best_score is not None
 
 
-def row(name: str, loss: float | None, score: float | None, state: State = "finished", **point: Any) -> sweep.Row:
-    return sweep.Row(
-        name,
-        {key.replace("_", "."): each for key, each in point.items()},
-        state,
-        None,
-        3,
-        1.0,
-        *[loss] * 2,
-        *[score] * 2,
-    )
+def row(
+    name: str, loss: float | None, score: float | None, state: State = "finished", point: dict[str, Any] | None = None
+) -> sweep.Row:
+    return sweep.Row(name, point or {}, state, None, 3, 1.0, loss, loss, score, score)
 
 
 def test_what_has_no_figures_comes_last() -> None:
@@ -335,12 +328,12 @@ def test_what_has_no_figures_comes_last() -> None:
 
 def test_seeds_are_put_together_of_runs_that_ended_with_a_loss() -> None:
     rows = [
-        row("a", 1.0, 0.5, train_seed=0, method_lr=1.0),
-        row("b", 2.0, 1.0, train_seed=1, method_lr=1.0),
-        row("c", 4.0, 0.0, "interrupted", train_seed=2, method_lr=1.0),
-        row("d", None, None, train_seed=3, method_lr=1.0),
-        row("e", 3.0, None, train_seed=0, method_lr=2.0),
-        row("f", 3.0, None, method_lr=3.0),
+        row("a", 1.0, 0.5, "finished", {"train.seed": 0, "method.lr": 1.0}),
+        row("b", 2.0, 1.0, "stopped early", {"train.seed": 1, "method.lr": 1.0}),
+        row("c", 4.0, 0.0, "interrupted", {"train.seed": 2, "method.lr": 1.0}),
+        row("d", None, None, "finished", {"train.seed": 3, "method.lr": 1.0}),
+        row("e", 3.0, None, "finished", {"train.seed": 0, "method.lr": 2.0}),
+        row("f", 3.0, None, "finished", {"method.lr": 3.0}),
     ]
     both, one = _groups(rows)
     assert both == sweep.Group({"method.lr": 1.0}, 2, 1.5, 0.5**0.5, 0.75, 0.125**0.5)
