@@ -306,13 +306,19 @@ def test_losses_that_are_not_finite_are_no_best_and_no_last_one(tmp_path: Path, 
     plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0]"))
     sweep.run(plan, SilentReporter)
     (before,) = sweep.summarise(plan).rows
-    record = {"kind": "eval", "step": 3, "loss": math.nan, "accuracy": math.nan, "examples": 4, "seconds": 0.5}
-    RunDirectory(plan.runs[0].path).add_metrics(record)
+    record = {"kind": "eval", "loss": math.nan, "accuracy": math.nan, "examples": 4, "seconds": 0.5}
+    run = RunDirectory(plan.runs[0].path)
+    run.add_metrics({**record, "step": 0})
     (row,) = sweep.summarise(plan).rows
-    assert (row.loss, row.score) == (None, None)
-    assert row.best_loss is not None
-    assert row.best_loss >= before.best_loss  # type: ignore[operator]
-    assert row.best_score is not None
+    assert (row.loss, row.best_loss, row.score, row.best_score) == (
+        before.loss,
+        before.loss,
+        before.score,
+        before.score,
+    )
+    run.add_metrics({**record, "step": 3})
+    (row,) = sweep.summarise(plan).rows
+    assert (row.loss, row.best_loss, row.score, row.best_score) == (None, None, None, None)
 
 
 def row(
