@@ -176,8 +176,8 @@ def graph_sizes(batch_tokens: int, most: int) -> list[int]:
     """Numbers of tokens to capture CUDA graphs for, ascending: a forward is padded up to the next one.
 
     Powers of two serve generation. Batches differ in length, so from half of what is expected to a quarter above it the
-    steps are a sixteenth of it, which bounds the padding. A larger batch is cut into forwards of at most ``most`` tokens,
-    and these are what is expected then.
+    steps are a sixteenth of it, which bounds the padding. A larger batch is cut into forwards of at most ``most``
+    tokens, and these are what is expected then.
     """
     batch_tokens = min(batch_tokens, most)
     step = max(8, -(-batch_tokens // 128) * 8)
