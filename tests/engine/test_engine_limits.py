@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -38,6 +39,22 @@ def tokens(count: int) -> tuple[int, ...]:
 def start(model: Any, folder: Path, work: Work) -> EngineRuntime:
     options = RuntimeConfig(type="vllm")
     return EngineRuntime.start(write(model, folder), model, METHOD, seed=0, options=options, work=work)
+
+
+def check_against_torch(model: Any, folder: Path) -> None:
+    """Scores before and after an update are the embedded runtime's."""
+    rows = [Row(tokens(8), (Candidate(tokens(length), tuple(range(length))),)) for length in (1, 4)]
+    key = DirectionKey(0, 0, 0)
+    probes, update = [CLEAN, Probe(key, 1, METHOD.eps)], Update(0, 0, ((key, 1.0),), 1e-2, True)
+    runtime = start(model, folder, Work(step_tokens=64, longest=tiny.CONTEXT, largest=48))
+    found = [runtime.score(probes, rows)]
+    runtime.apply(update)
+    found.append(runtime.score([CLEAN], rows))
+    runtime.close()
+    embedded = EmbeddedRuntime(model, METHOD)
+    np.testing.assert_allclose(found[0], embedded.score(probes, rows), rtol=1e-4)
+    embedded.apply(update)
+    np.testing.assert_allclose(found[1], embedded.score([CLEAN], rows), rtol=1e-4)
 
 
 def test_nothing_of_an_engine_is_left_once_it_is_closed(tmp_path: Path) -> None:
@@ -115,19 +132,19 @@ def test_layers_that_workers_do_not_share_are_tuned(tmp_path: Path) -> None:
     config = tiny.config("opt", HEAD_SIZE)
     # As in OPT-350m, whose embeddings are narrower than its layers, which two more matrices make up for.
     config.update({"word_embed_proj_dim": 64})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    rows = [Row(tokens(8), (Candidate(tokens(length), tuple(range(length))),)) for length in (1, 4)]
-    key = DirectionKey(0, 0, 0)
-    probes, update = [CLEAN, Probe(key, 1, METHOD.eps)], Update(0, 0, ((key, 1.0),), 1e-2, True)
-    runtime = start(model, tmp_path / "model", Work(step_tokens=64, longest=tiny.CONTEXT, largest=48))
-    found = [runtime.score(probes, rows)]
-    runtime.apply(update)
-    found.append(runtime.score([CLEAN], rows))
-    runtime.close()
-    embedded = EmbeddedRuntime(model, METHOD)
-    np.testing.assert_allclose(found[0], embedded.score(probes, rows), rtol=1e-4)
-    embedded.apply(update)
-    np.testing.assert_allclose(found[1], embedded.score([CLEAN], rows), rtol=1e-4)
+    check_against_torch(AutoModelForCausalLM.from_config(config).eval(), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2-moe", pytest.param("mixtral", marks=pytest.mark.slow), pytest.param("qwen3-moe", marks=pytest.mark.slow)],
+)
+def test_what_every_token_sees_of_a_mixture_of_experts_is_tuned(tmp_path: Path, family: str) -> None:
+    config = tiny.config(family, HEAD_SIZE)
+    # Heads of Qwen 2 are as wide as these make them. It has an expert, and a gate for it, that every token sees.
+    config.update({"hidden_size": 4 * HEAD_SIZE})
+    torch.manual_seed(0)
+    check_against_torch(AutoModelForCausalLM.from_config(config).eval(), tmp_path / "model")
 
 
 def test_an_attention_that_multiplies_past_a_layer_is_refused(tmp_path: Path) -> None:
