@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +11,19 @@ from torch import Tensor
 from zotune.layout import Site
 from zotune.noise import NoiseBlock
 
-if TYPE_CHECKING:
-    from zotune.runtimes.engine.tokenwise import Tuned
+
+class Shown(Protocol):
+    """A module that shows factors in columns.
+
+    Attributes:
+        phi: What it shows; of any shape and dtype.
+    """
+
+    phi: Tensor
+
+    def show(self, column: int, factors: Mapping[Site, Tensor]) -> None:
+        """Take one column's factors of every site that it holds."""
+        ...
 
 
 class Scatter:
@@ -24,7 +35,7 @@ class Scatter:
         layout: Of the flat buffer of all factors.
     """
 
-    def __init__(self, modules: Sequence[Tuned], sites: Sequence[Site], layout: NoiseBlock) -> None:
+    def __init__(self, modules: Sequence[Shown], sites: Sequence[Site], layout: NoiseBlock) -> None:
         dtypes = dict.fromkeys(module.phi.dtype for module in modules)
         groups = [[module for module in modules if module.phi.dtype == dtype] for dtype in dtypes]
         self._groups = [_Group(group, sites, layout) for group in groups]
@@ -38,7 +49,7 @@ class Scatter:
 class _Group:
     """The modules of one dtype."""
 
-    def __init__(self, modules: Sequence[Tuned], sites: Sequence[Site], layout: NoiseBlock) -> None:
+    def __init__(self, modules: Sequence[Shown], sites: Sequence[Site], layout: NoiseBlock) -> None:
         sizes = [module.phi.numel() for module in modules]
         self._buffer = modules[0].phi.new_zeros(sum(sizes))
         factors = dict(zip(sites, layout.views(torch.arange(layout.size, device=layout.device)), strict=True))
@@ -71,7 +82,7 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:at]) for at in range(len(sizes))]
 
 
-def _written(module: Tuned, column: int, factors: dict[Site, Tensor]) -> tuple[Tensor, Tensor]:
+def _written(module: Shown, column: int, factors: dict[Site, Tensor]) -> tuple[Tensor, Tensor]:
     """Which flat factors a module shows in a column, and at which places of its ``phi``; found by letting it."""
     kept = module.phi
     module.phi = torch.full(kept.shape, -1, dtype=torch.int64, device=kept.device)

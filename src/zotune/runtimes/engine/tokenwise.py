@@ -13,7 +13,7 @@ graph needs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from zotune.runtimes.folding.fold import Fold
 from zotune.runtimes.spaces.lowrank import LowRankMatrix, LowRankSpace
 from zotune.runtimes.spaces.mixture import Lookup
 from zotune.runtimes.spaces.skinny import filled
-
-if TYPE_CHECKING:
-    from zotune.runtimes.engine.bank import Bank
 
 
 class Columns:
@@ -195,6 +192,14 @@ class TunedTable:
 Tuned = TunedVector | TunedMatrix | TunedTable
 
 
+class Finished(Protocol):
+    """Finished windows that modules see beside the current one; see `zotune.runtimes.engine.bank`."""
+
+    def show(self, modules: Sequence[Tuned]) -> None:
+        """Copy them into their buffers."""
+        ...
+
+
 class TokenSpace(LowRankSpace):
     """A low-rank space whose factors are copied into the static buffers of an engine's modules.
 
@@ -221,7 +226,7 @@ class TokenSpace(LowRankSpace):
         """Let these modules follow all that moves here from now on."""
         self.modules = tuple(modules)
         self._scatter = Scatter(self.modules, tuple(self.sites), self.directions.factors)
-        self.bank: Bank | None = None
+        self.bank: Finished | None = None
         for module in modules:
             module.decays = bool(self.method.weight_decay) and module.parts[0].site.decays
         self._refresh_window()
