@@ -89,10 +89,11 @@ def test_what_is_measured_is_not_measured_again(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_dense_directions_are_not_asked_of_vllm() -> None:
-    comparison = parity.Comparison(sides=("vllm", "torch"), presets=("lozo", "mezo"), parts=("trajectories",))
+def test_dense_directions_are_not_asked_of_compiled_code() -> None:
+    sides = ("vllm", "vllm-compiled", "torch")
+    comparison = parity.Comparison(sides=sides, presets=("lozo", "mezo"), parts=("trajectories",))
     asked = {(case["preset"], case["runtime"]) for case in comparison.cases()}
-    assert asked == {("lozo", "vllm"), ("lozo", "torch"), ("mezo", "torch")}
+    assert asked == {*(("lozo", side) for side in sides), ("mezo", "vllm"), ("mezo", "torch")}
 
 
 def test_the_longer_result_counts_and_the_first_probes_are_compared() -> None:

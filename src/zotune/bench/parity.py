@@ -117,7 +117,7 @@ class Comparison:
         for preset in self.presets:
             low_rank = presets.get(preset).method.family == "low-rank"
             for side in self._sides():
-                if low_rank or not side.runtime.startswith("vllm"):
+                if low_rank or side.runtime != "vllm-compiled":
                     run = {"preset": preset, "steps": self.steps, "lr": self.lr}
                     common = self._common("trajectory", model) | asdict(side) | run
                     yield from (common | {"seed": seed} for seed in range(self.seeds))
