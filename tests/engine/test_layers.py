@@ -8,7 +8,7 @@ import torch
 from zotune.errors import ModelError
 from zotune.layout import Site
 from zotune.optimizer import Method
-from zotune.runtimes.engine.layers import Place, wrap
+from zotune.runtimes.engine.layers import LinearLayer, Place, number_from, registered, wrap
 from zotune.runtimes.engine.tokens import Part, TokenMix
 from zotune.runtimes.engine.tokenwise import TokenSpace
 
@@ -58,3 +58,11 @@ def test_biases_that_no_layer_adds_are_refused(found: list[Place]) -> None:
 def test_their_weights_are_tuned(found: list[Place]) -> None:
     (layer,) = wrap(found, space(found))
     assert [part.site.name for each in layer.tuned for part in each.parts] == ["layer.weight"]
+
+
+def test_compiled_code_of_another_process_finds_layers_under_the_same_numbers() -> None:
+    first = registered() + 5
+    number_from(first)
+    assert LinearLayer("layer", linear()).key == first
+    number_from(0)
+    assert LinearLayer("layer", linear()).key == first + 1, "a number is given once"

@@ -34,7 +34,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 
 from zotune.errors import ModelError
 from zotune.layout import Site
-from zotune.runtimes.engine import slots
+from zotune.runtimes.engine import layers, slots
 from zotune.runtimes.engine.head import Head
 from zotune.runtimes.engine.layers import LinearLayer, Place
 from zotune.runtimes.engine.lifeline import follow
@@ -55,10 +55,11 @@ class Worker(_Worker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as ever, then wrap the layers that hold sites."""
-        settings = cast("Carried", self.vllm_config.additional_config).values
+        carried = cast("Carried", self.vllm_config.additional_config)
         follow()
         super().load_model(*args, **kwargs)
-        self.tuner = Tuner(Engine(self.model_runner), settings)
+        layers.number_from(carried.layers)
+        self.tuner = Tuner(Engine(self.model_runner), carried.values)
 
     def zotune(self, method: str, *args: Any) -> Any:
         """Call one of the `Tuner`'s remote methods."""

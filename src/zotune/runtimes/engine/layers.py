@@ -360,6 +360,14 @@ def registered() -> int:
     return _LAYERS.given
 
 
+def number_from(first: int) -> None:
+    """Give the next layers this number and those after it, or higher ones where it is taken.
+
+    Compiled code that another process has kept calls layers by the numbers that they had there.
+    """
+    _LAYERS.given = max(_LAYERS.given, first)
+
+
 @torch.library.custom_op("zotune::linear", mutates_args=())
 def _linear(x: Tensor, bias: Tensor | None, key: int, width: int) -> Tensor:
     return _LAYERS[key].run(x, bias)

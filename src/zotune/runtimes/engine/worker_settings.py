@@ -39,8 +39,8 @@ class Carried:
 
     Attributes:
         values: What `pack` wrote.
-        layers: How many layers this process has wrapped before: compiled code names them by numbers, so it must not be
-            found by another engine of the process.
+        layers: How many layers the driver's process has wrapped before: compiled code names them by numbers, so it must
+            not be found by another engine of the process. In whatever process a worker is, it counts on from there.
     """
 
     values: Mapping[str, Any]
