@@ -6,7 +6,7 @@ gradients, momentum and learning rates all act on ``(out, r)`` factors. Factors 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -70,12 +70,15 @@ Rule = Sgd | Momentum
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def combine(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """``sum_i c_i U_i`` over flat factors, added in the order given; overwrites the first."""
-    (first, coefficient), *rest = terms
+def combine(terms: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """``sum_i c_i U_i``, one or more, added in the order given; overwrites the first, and keeps none of the others."""
+    terms = iter(terms)
+    first, coefficient = next(terms)
     total = first.mul_(coefficient)
-    for factors, coefficient in rest:
-        total.add_(factors, alpha=coefficient)
+    for direction, coefficient in terms:
+        total.add_(direction, alpha=coefficient)
+        # It may be as large as a weight, and would be there while the next one is drawn.
+        del direction
     return total
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,9 +103,15 @@ class ShardFold(Fold):
 
     def add_all(self, moves: Iterable[Move], step: int) -> None:
         """See `Fold.add_all`."""
-        moves = list(moves)
-        self._fold.add_all([move for move in moves if self._is_whole(move)], step)
-        super().add_all([move for move in moves if not self._is_whole(move)], step)
+        self._fold.add_all(self._whole(moves, step), step)
+
+    def _whole(self, moves: Iterable[Move], step: int) -> Iterator[Move]:
+        """The moves of whole sites; shards are moved meanwhile, for changes may be too large to be kept until later."""
+        for move in moves:
+            if self._is_whole(move):
+                yield move
+            else:
+                self.add(move, step)
 
     def _is_whole(self, move: Move) -> bool:
         return tuple(move.weight.shape) == move.site.shape and isinstance(self._parts[move.site].rows, slice)

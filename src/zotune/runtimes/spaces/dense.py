@@ -121,7 +121,7 @@ class DenseSpace:
             if keep == 1.0 and not site.moves(update.window):
                 continue
             amounts = [(key, in_float32(-update.lr * coefficient)) for key, coefficient in update.terms]
-            change = combine([(self._draw(key, site)(), amount) for key, amount in amounts])
+            change = combine((self._draw(key, site)(), amount) for key, amount in amounts)
             yield Move(site, weights[site], change.__getitem__, keep)
 
     def state(self) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ class LowRankSpace:
         """Move B by the update; at the end of a window fold it into the weights and open the next window."""
         if update.terms:
             self._decay(1 - update.lr * self.method.weight_decay)
-            gradient = combine([(self._draw(key), coefficient) for key, coefficient in update.terms])
+            gradient = combine((self._draw(key), coefficient) for key, coefficient in update.terms)
             self.rule.step(self.factors, gradient, update.lr)
         self._drawn = {}
         if update.closes_window:
