@@ -103,7 +103,8 @@ class EngineRuntime:
 
         Args:
             config: The checkpoint.
-            model: The same as transformers has it, which may be mapped from its files; it is only read, and not kept.
+            model: The same as transformers has it, which may be mapped from its files; it is only read, and not kept. A
+                method that tunes LoRA matrices adds them to it.
             method: What to tune, and how directions look.
             seed: The run's seed.
             options: The table ``[runtime]``.

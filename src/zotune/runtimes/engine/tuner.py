@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from zotune.runtimes.engine.internals import Engine
 
 MOST_DIRECTIONS = 16
-"""Directions of one forward; more are scored in several."""
+"""Of one forward, where they are thin; see `directions_at_once`."""
 
 _SAMPLES = 64
 
@@ -57,9 +57,7 @@ class Tuner:
         self._seed, self._fold = settings["seed"], settings["fold"]
         sites = [worker_settings.site(each) for each in settings["sites"]]
         self.places = self._located(sites)
-        self.mix = TokenMix(
-            engine.max_tokens, min(self.method.directions, MOST_DIRECTIONS), engine.dtype, engine.device
-        )
+        self.mix = TokenMix(engine.max_tokens, directions_at_once(self.method), engine.dtype, engine.device)
         kind = TokenSpace if self.method.family == "low-rank" else DrawnSpace
         self.space: Space = kind(sites, self.method, self._seed, self.mix)
         self.layers: list[Layer] = wrap(self.places, self.space)
@@ -320,6 +318,16 @@ class Tuner:
     def on_timings(self) -> dict[str, float]:
         """Seconds spent so far, by phase."""
         return dict(self.timings)
+
+
+def directions_at_once(method: Method) -> int:
+    """Most directions of a forward; more are scored in several.
+
+    A forward multiplies every token by every direction in it, and then takes what the token sees. Where a direction is
+    as large as the weights, that would cost more than a forward for each.
+    """
+    as_large = method.family == "dense" and method.lora_rank is None
+    return 1 if as_large else min(method.directions, MOST_DIRECTIONS)
 
 
 def _table_of(head: Head, layers: Sequence[Layer]) -> Table | None:
