@@ -71,6 +71,12 @@ def test_trajectories_stay_together(rows: dict[str, list[dict[str, Any]]]) -> No
     assert exact["largest"] < 1e-4
 
 
+def test_the_oracle_tunes_the_lora_matrices_that_a_preset_does(tmp_path: Path) -> None:
+    options = {"parts": ("trajectories",), "presets": ("mezo-lora",), "dtypes": ("float32",)}
+    (table,) = parity_report.tables(measure(tmp_path, **options))
+    assert table.rows[0]["correlation"] > 0.9999
+
+
 def test_neighbouring_sides_differ_in_one_thing() -> None:
     for dtype in ("float32", "bfloat16"):
         for cause in causes(dtype):

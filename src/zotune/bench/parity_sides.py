@@ -27,8 +27,9 @@ from zotune.optimizer import Method
 from zotune.protocol import Probe
 from zotune.rows import Example
 from zotune.runtimes.base import Runtime
-from zotune.runtimes.embedded import EmbeddedRuntime, rotary
+from zotune.runtimes.embedded import EmbeddedRuntime, lora, rotary
 from zotune.runtimes.engine import checkpoint_layout
+from zotune.runtimes.sites import find_sites
 from zotune.testing import tiny
 from zotune.testing.reference import OracleRuntime
 
@@ -125,11 +126,19 @@ def prepared(case: Mapping[str, Any], data: Path | None) -> Iterator[steps.Setti
         yield steps.Setting(model, data_set, size)
 
 
+def _oracle(model: Any, method: Method, seed: int) -> OracleRuntime:
+    """The oracle; of a method that tunes LoRA matrices it has the same ones."""
+    if method.lora_rank is None:
+        return OracleRuntime(model, method, seed=seed)
+    lora.add(model, method.lora_rank, method.lora_alpha, seed)
+    return OracleRuntime(model, method, seed=seed, sites=tuple(find_sites(model, method.scope, lora=True)))
+
+
 @contextmanager
 def started(side: Side, setting: steps.Setting, method: Method, seed: int = 0) -> Iterator[Runtime]:
     """The runtime of a side, closed at the end."""
     if side.runtime == "oracle":
-        yield OracleRuntime(setting.model.cpu(), method, seed=seed)
+        yield _oracle(setting.model.cpu(), method, seed)
         return
     with closing(cast("Runtime", start(side.runtime, setting, method, seed=seed))) as runtime:
         if side.attention == "eager":
