@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -46,8 +47,13 @@ class Session:
     news: News = tuple
 
     @classmethod
-    def build(cls, config: Config) -> Session:
+    def build(cls, config: Config, *, trains: bool = True) -> Session:
         """Load model and data; nothing is written.
+
+        Args:
+            config: What to do.
+            trains: Whether the session is to take steps. One that only looks at a run leaves the board of the run's
+                replicas (`zotune.runtimes.replicas.board`) to who trains there.
 
         Raises:
             ZotuneError: The configuration names something that is not there or does not fit.
@@ -56,7 +62,7 @@ class Session:
         model, tokenizer = blueprint.load()
         data = load_data(config.data, tokenizer, models.context_length(model), models.embeddings(model))
         told = *departures(config.method), *too_near(blueprint.method, 8 * models.dtype_of(config.model).itemsize)
-        runtime, news = _start(config, blueprint, model, data)
+        runtime, news = _start(config, blueprint, model, data, expand(config.output) if trains else None)
         return cls(
             config,
             Optimizer(blueprint.method, config.train.steps),
@@ -125,8 +131,8 @@ class Session:
             self.runtime.apply(self.optimizer.update(entry.step, entry.coefficients, entry.lr))
 
 
-def _start(config: Config, blueprint: Blueprint, model: Any, data: Dataset) -> tuple[Runtime, News]:
-    """The configured runtime, and where it tells what happens to it."""
+def _start(config: Config, blueprint: Blueprint, model: Any, data: Dataset, run: Path | None) -> tuple[Runtime, News]:
+    """The configured runtime, and where it tells what happens to it; ``run`` is the directory that it trains in."""
     options = config.runtime
     if options.inner == "vllm":
         blueprint = replace(blueprint, work=Work.of(data, config.train.batch_size, blueprint.method))
@@ -135,12 +141,17 @@ def _start(config: Config, blueprint: Blueprint, model: Any, data: Dataset) -> t
         return engine, engine.news
     if options.type == "torch":
         return blueprint.build(model), tuple
-    runtime = RayRuntime.start(blueprint, expand(config.output))
+    runtime = RayRuntime.start(blueprint, run)
     return runtime, runtime.news
 
 
 def restore(
-    run: RunDirectory, config: Config, step: int | None = None, notice: Callable[[str], None] = lambda text: None
+    run: RunDirectory,
+    config: Config,
+    step: int | None = None,
+    notice: Callable[[str], None] = lambda text: None,
+    *,
+    trains: bool = True,
 ) -> tuple[Session, Journal]:
     """A session as it was after ``step`` finished steps of the run, from its newest sound checkpoint and its journal.
 
@@ -149,12 +160,13 @@ def restore(
         config: What the run was configured to do.
         step: At most the steps of the journal; default: all of them.
         notice: Told which checkpoints are damaged, of another run or of another bank; the journal makes up for them.
+        trains: See `Session.build`.
 
     Raises:
         JournalError: See `zotune.train.resume`.
     """
     # A run that was moved or copied does not say where it lies; its replicas would go by what lies where it began.
-    session = Session.build(config.model_copy(update={"output": str(run.path)}))
+    session = Session.build(config.model_copy(update={"output": str(run.path)}), trains=trains)
     try:
         journal = Journal.open(run.journal)
         journal.require(session.header())

@@ -128,7 +128,7 @@ def evaluate_run(path: StrPath, best: bool = False) -> Metrics:
     step = stopping.best(run.evaluations(upto=len(read(run.journal).entries))) if best else None
     if best and step is None:
         raise JournalError(f"{path} has no evaluation with a finite loss on record, so none is the best")
-    session, _ = restore(run, config, step)
+    session, _ = restore(run, config, step, trains=False)
     with closing(session):
         return session.evaluate().metrics
 

@@ -27,7 +27,7 @@ from zotune.journal import Journal
 from zotune.run import RunDirectory
 from zotune.runtimes.replicas.runtime import RayRuntime
 from zotune.session import Session, restore
-from zotune.train import take_step
+from zotune.train import evaluate_run, take_step
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -147,6 +147,16 @@ def test_the_replicas_of_a_copied_run_go_by_the_copy(configure: Configure, tmp_p
         Run(session, copy, journal).take(1)
     assert (copy.path / "replicas.json").exists()
     assert not (run.directory.path / "replicas.json").exists()
+
+
+@pytest.mark.usefixtures("warm")
+def test_an_evaluation_leaves_the_board_to_who_trains(configure: Configure) -> None:
+    """Its replicas are neither those that `zotune scale` shows nor as many as it asks for."""
+    with a_run(configure, replicas=1) as run:
+        run.take(1)
+        before = (run.directory.path / "replicas.json").read_bytes()
+        evaluate_run(run.directory.path)
+        assert (run.directory.path / "replicas.json").read_bytes() == before
 
 
 @pytest.mark.usefixtures("warm")
