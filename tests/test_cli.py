@@ -296,6 +296,17 @@ def test_a_run_says_how_to_go_on_and_what_it_says_works(config_file: Path, tmp_p
     assert resumed["steps"] == 8
 
 
+def test_a_run_that_stopped_early_says_what_makes_it_go_on(config_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "my run"
+    done = invoke("run", config_file, "--set", "train.patience=1", "--set", "train.min_delta=1e3")
+    assert "2 steps, stopped early" in done.stdout
+    file = path / "config.toml"
+    assert f"resume    raise train.patience in {file}, then zotune resume '{path}'" in done.stdout.splitlines()
+    assert only_json(invoke("resume", path, "--steps", "8", "--json"))["steps"] == 2
+    file.write_text(file.read_text().replace("patience = 1\n", "patience = 9\n"))
+    assert only_json(invoke("resume", path, "--json"))["steps"] == 8
+
+
 def test_json_is_the_only_line_on_stdout(config_file: Path, tmp_path: Path) -> None:
     path = str(tmp_path / "my run")
     result = invoke("run", config_file, "--set", "train.steps=2", "--set", "method.schedule=linear", "--json")

@@ -281,6 +281,16 @@ def test_a_run_that_stopped_says_how_to_go_on(
     assert f"go on zotune resume {tmp_path / 'run'}" in page.text
 
 
+def test_a_run_that_stopped_early_is_not_to_be_made_longer(
+    tmp_path: Path, tiny_model_folder: Path, sentiment_files: tuple[Path, Path]
+) -> None:
+    stalling = {"eval_every": 1, "patience": 1, "min_delta": 1e3}
+    train.start(configure(tmp_path, tiny_model_folder, sentiment_files, train=stalling), Recorder())
+    found = gather(tmp_path / "run")
+    assert found.standing.state == "stopped early"
+    assert not any("resume" in command for _, command in found.commands)
+
+
 def test_a_run_without_a_manifest_or_with_a_step_without_a_time_is_shown(run: Path, tmp_path: Path) -> None:
     folder = copied(run, tmp_path / "run", "manifest.json")
     text = (folder / "metrics.jsonl").read_text()

@@ -160,7 +160,7 @@ def _outcome(summary: Summary, picture: Path) -> str:
             f"picture   {picture}",
             *best,
             f"evaluate  {command_line('eval', summary.path)}",
-            f"resume    {command_line('resume', summary.path, *_extension(summary))}",
+            f"resume    {_way_on(summary)}",
         )
     )
 
@@ -172,9 +172,13 @@ def _before_and_after(first: Metrics, last: Metrics) -> list[str]:
     return lines
 
 
-def _extension(summary: Summary) -> tuple[str, ...]:
-    """Arguments that extend a finished run to twice its length, where its learning rate has not run out."""
+def _way_on(summary: Summary) -> str:
+    """What makes the run longer: to twice its length, where its learning rate has not run out."""
     from zotune import config, presets
 
-    method = presets.resolve(config.load(summary.path / "config.toml").method)
-    return ("--steps", str(2 * summary.steps)) if method.schedule == "constant" else ()
+    file = summary.path / "config.toml"
+    if summary.stopped:
+        return f"raise train.patience in {file}, then {command_line('resume', summary.path)}"
+    method = presets.resolve(config.load(file).method)
+    extension = ("--steps", str(2 * summary.steps)) if method.schedule == "constant" else ()
+    return command_line("resume", summary.path, *extension)

@@ -227,7 +227,7 @@ def _commands(path: Path, config: Config, where: Standing) -> Facts:
     found = []
     if where.state not in OVER:
         found.append(("go on", ["resume", path]))
-    elif resolve(config.method).schedule == "constant":
+    elif where.state == "finished" and resolve(config.method).schedule == "constant":
         found.append(("make it twice as long", ["resume", path, "--steps", 2 * config.train.steps]))
     found += [
         ("evaluate", ["eval", path]),
