@@ -20,7 +20,7 @@ from zotune.bench.report import convergence as report
 from zotune.bench.results import Result, every
 from zotune.config import Config
 from zotune.data import Dataset
-from zotune.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError, ModelError
 from zotune.evaluate import Metrics, evaluate
 from zotune.optimizer import Method
 from zotune.runtimes.embedded import EmbeddedRuntime
@@ -200,6 +200,13 @@ def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any
             convergence(["lozo"], **options | {name: []})
     with pytest.raises(DataError, match=r"cb is no folder; give a folder"):
         convergence(["lozo"], tasks=["sst2", "cb"], **options)
+    assert not options["out"].exists()
+
+
+def test_a_model_that_is_not_there_is_a_mistake_and_no_result(options: dict[str, Any]) -> None:
+    for model in ("nowhere/nothing", str(options["out"])):
+        with pytest.raises(ModelError):
+            convergence(["lozo"], **options | {"model": model})
     assert not options["out"].exists()
 
 

@@ -16,7 +16,7 @@ from zotune.bench import parity
 from zotune.bench.parity_sides import Side, causes
 from zotune.bench.report import parity as parity_report
 from zotune.bench.results import Result
-from zotune.errors import ConfigError
+from zotune.errors import ConfigError, ModelError
 
 SMALL: dict[str, Any] = {
     "models": ("tiny:llama",),
@@ -137,6 +137,14 @@ def test_agreement_is_that_of_its_definition() -> None:
 def test_refusals(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         measure(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("model", "said"), [("nowhere", "nowhere"), ("tiny:lama", "Did you mean 'llama'")])
+def test_a_model_that_is_not_there_is_a_mistake_and_no_result(tmp_path: Path, model: str, said: str) -> None:
+    options: dict[str, Any] = {"parts": ("runtimes",), "sides": ("torch",), "dtypes": ("float32",)}
+    with pytest.raises(ModelError, match=said):
+        measure(tmp_path, **options | {"models": ("tiny:llama", model)})
     assert not list(tmp_path.iterdir())
 
 

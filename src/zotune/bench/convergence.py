@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from zotune import demo, learning_rate
+from zotune import demo, learning_rate, models
 from zotune.bench import cases, curve, work
 from zotune.bench.contenders import Contender, Entry, enter
 from zotune.bench.curve import Evaluated, Spent
@@ -81,6 +81,7 @@ def convergence(
     Raises:
         ConfigError: A name or a value is not allowed; nothing has been trained then.
         DataError: Rows are not there.
+        ModelError: The model is not there.
     """
     for name, given in (("methods", methods), ("tasks", tasks), ("seeds", seeds)):
         if not given:
@@ -94,6 +95,9 @@ def convergence(
     }
     points = itertools.product(map(Contender.read, methods), tasks, seeds)
     entries = [enter(contender, base, task, seed, data, out / "runs") for contender, task, seed in points]
+
+    # All have the same model.
+    models.load_config(entries[0].config.model)
 
     def entry(case: Case) -> Entry:
         return next(each for each in entries if each.case == case)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from zotune import presets
 from zotune.bench import cases, steps
-from zotune.bench.parity_sides import Side, causes, losses, prepared, started
+from zotune.bench.parity_sides import Side, causes, losses, prepared, require_model, started
 from zotune.bench.results import Case, Result, Results
 from zotune.bench.runtimes import RUNTIMES
 from zotune.data import BatchOrder
@@ -155,8 +155,11 @@ def parity(
 
     Raises:
         ConfigError: See `Comparison.check`.
+        ModelError: A model is not there; nothing has been measured then.
     """
     comparison.check()
+    for name in comparison.models:
+        require_model(name)
 
     def measure(case: Case) -> Mapping[str, Any]:
         if case["what"] == "trajectory":

@@ -102,6 +102,18 @@ def causes(dtype: str) -> list[Cause]:
     ]
 
 
+def require_model(name: str) -> None:
+    """Make sure that a model is there, before anything is measured.
+
+    Raises:
+        ModelError: It is not.
+    """
+    if name.startswith(TINY):
+        tiny.config(name.removeprefix(TINY))
+    elif name != DEMO:
+        models.load_config(ModelConfig(path=name))
+
+
 @contextmanager
 def prepared(case: Mapping[str, Any], data: Path | None) -> Iterator[steps.Setting]:
     """A case's model as its runtime wants it, and its batches.

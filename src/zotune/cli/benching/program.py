@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from zotune.bench import Plan, RuntimesReport, StepReport
     from zotune.bench.cluster_report import ClusterReport
 
-bench_app = typer.Typer(help="Time zotune against the published procedure.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Time zotune against the published procedure.\n\n"
+    "Of several cases one that fails is a result: it is told and kept, the others go on, and the exit code is 0. What "
+    "nothing can be measured with is refused, with exit code 2.",
+    no_args_is_help=True,
+)
 app.add_typer(bench_app, name="bench")
 
 ModelPath = Annotated[
