@@ -50,10 +50,29 @@ def test_what_exists_is_left_alone(run: MadeRun, tmp_path: Path, format: str) ->
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
-@pytest.mark.parametrize(("format", "rank"), [("peft", 0), ("merged", 4)])
-def test_a_rank_without_meaning_is_refused(run: MadeRun, tmp_path: Path, format: str, rank: int) -> None:
-    with pytest.raises(ConfigError, match=rf"rank = {rank} with format = '{format}'"):
-        export_run(run.path, tmp_path / "out", format, rank=rank)
+@pytest.mark.parametrize(
+    ("format", "name", "value", "own"),
+    [
+        ("merged", "rank", 4, "peft"),
+        ("journal", "max_error", 0.01, "peft"),
+        ("peft", "shard_size", "5GB", "merged"),
+        ("journal", "shard_size", "5GB", "merged"),
+    ],
+)
+def test_what_a_format_has_no_use_for_is_refused(
+    run: MadeRun, tmp_path: Path, format: str, name: str, value: Any, own: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} = {value} with format = '{format}'; it belongs to '{own}'"):
+        export_run(run.path, tmp_path / "out", format, **{name: value})
+    option = f"--{name.replace('_', '-')}"
+    words = ["export", str(run.path), "--out", str(tmp_path / "out"), "--format", format, option, str(value)]
+    assert CliRunner().invoke(cli.app, words).exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_is_at_least_one(run: MadeRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rank = 0; a rank is at least 1"):
+        export_run(run.path, tmp_path / "out", "peft", rank=0)
 
 
 def test_a_run_without_steps_has_nothing_to_export(tmp_path: Path) -> None:

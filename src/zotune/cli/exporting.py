@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from zotune.export import Exported
 
 Out = Annotated[Path, typer.Option("--out", help="Where to write; must not exist.")]
-ShardSize = Annotated[str, typer.Option(help="Largest file of merged weights, e.g. 500MB.")]
 
 
 @app.command()
@@ -29,9 +28,12 @@ def export(
         int | None, typer.Option(min=1, help="Largest rank of an adapter; default: what the change has, up to 512.")
     ] = None,
     max_error: Annotated[
-        float, typer.Option(min=0.0, help="Largest relative Frobenius error of an adapter at any weight.")
-    ] = 0.01,
-    shard_size: ShardSize = "5GB",
+        float | None,
+        typer.Option(min=0.0, help="Largest relative Frobenius error of an adapter at any weight; default: 0.01."),
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option(help="Largest file of merged weights, e.g. 500MB; default: 5GB.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what a run has learnt: merged weights, an adapter, or a small file of scalars."""
@@ -46,7 +48,7 @@ def apply_file(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base model.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What export --format journal wrote.")],
     out: Out,
-    shard_size: ShardSize = "5GB",
+    shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 500MB.")] = "5GB",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the base model.")
     ] = False,

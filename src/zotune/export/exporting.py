@@ -49,8 +49,8 @@ def export_run(
     format: str = "merged",
     *,
     rank: int | None = None,
-    max_error: float = MAX_ERROR,
-    shard_size: str = SHARD_SIZE,
+    max_error: float | None = None,
+    shard_size: str | None = None,
 ) -> Exported:
     """Write what a run has learnt after its last step.
 
@@ -60,19 +60,23 @@ def export_run(
         format: ``merged``: an ordinary Hugging Face folder; ``peft``: a LoRA adapter folder; ``journal``: one small
             file that `apply_journal` makes weights of.
         rank: Of an adapter at most; default: that of the change, up to 512.
-        max_error: Largest relative Frobenius error of an adapter at any site.
-        shard_size: Largest file of merged weights: a number above 0 with KB, MB, GB or TB.
+        max_error: Largest relative Frobenius error of an adapter at any site; default: 0.01.
+        shard_size: Largest file of merged weights: a number above 0 with KB, MB, GB or TB; default: 5GB.
 
     Raises:
-        ConfigError: The format is unknown, the shard size is none, ``out`` exists, or an adapter would be too far from
-            the weights.
+        ConfigError: The format is unknown or has no use for what was given, the shard size is none, ``out`` exists, or
+            an adapter would be too far from the weights.
         JournalError: The path is no run, or its journal is damaged, empty or of another base model.
         ModelError: The base model cannot be loaded, or PEFT is missing.
     """
     if format not in FORMATS:
         raise ConfigError(unknown("format", format, FORMATS))
-    if rank is not None and (format != "peft" or rank < 1):
-        raise ConfigError(f"got rank = {rank} with format = {format!r}; a rank is at least 1 and belongs to 'peft'")
+    _refuse_foreign(format, "peft", rank=rank, max_error=max_error)
+    _refuse_foreign(format, "merged", shard_size=shard_size)
+    if rank is not None and rank < 1:
+        raise ConfigError(f"got rank = {rank}; a rank is at least 1")
+    max_error = MAX_ERROR if max_error is None else max_error
+    shard_size = SHARD_SIZE if shard_size is None else shard_size
     merged.require_shard_size(shard_size)
     began, out = time.perf_counter(), expand(out)
     refuse_existing(out)
@@ -86,6 +90,13 @@ def export_run(
         else:
             journal_file.write(recipe, draft)
     return _outcome(out, format, recipe, began, made)
+
+
+def _refuse_foreign(format: str, own: str, **given: object) -> None:
+    """Refuse what was given to a format and means something to another one alone."""
+    for name, value in given.items():
+        if value is not None and format != own:
+            raise ConfigError(f"got {name} = {value} with format = {format!r}; it belongs to {own!r}: leave it out")
 
 
 def apply_journal(
