@@ -275,6 +275,20 @@ def test_an_unfinished_run_of_another_configuration_is_not_gone_on_with(tmp_path
     assert summary.plot is None, "its figures are not those of the sweep"
 
 
+def test_another_run_that_has_been_moved_away_is_told_no_more(tmp_path: Path, base: Config) -> None:
+    sweep.run(sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0, 1]")), SilentReporter)
+    changed = sweep.read(sweep_file(tmp_path, base.having("train", batch_size=2), "[grid]", "train.seed = [0, 1]"))
+    told = {row.name: str(row.reason) for row in sweep.summarise(changed, {"seed=1": "no more memory"}).rows}
+    assert all("is another run" in reason for reason in told.values())
+    for each in changed.runs:
+        each.path.rename(tmp_path / each.name)
+    assert [row.state for row in sweep.summarise(changed).rows] == ["waiting", "waiting"]
+    # What a run ended with is told until it is tried again.
+    for failures in ({"seed=1": "no more memory"}, None, None):
+        told = {row.name: str(row.reason) for row in sweep.summarise(changed, failures).rows if row.reason}
+        assert told == {"seed=1": "no more memory"}
+
+
 def test_whatever_is_raised_costs_one_run(tmp_path: Path, base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = sweep.read(sweep_file(tmp_path, base, "[grid]", "train.seed = [0, 1]"))
     live, ended = Recorder(), []

@@ -84,6 +84,8 @@ class Summary:
         rows: Best first, by the score of the last evaluation, or by its loss.
         groups: Best first; empty unless seeds vary.
         plot: The curves of all runs over each other; None while there are none.
+        failures: What the runs that failed ended with when they were last tried, by name. What keeps a run from being
+            tried at all, such as another one in its place, is not among them: it is looked for anew each time.
     """
 
     folder: Path
@@ -92,6 +94,7 @@ class Summary:
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
     plot: Path | None
+    failures: Mapping[str, str]
 
 
 def summarise(plan: Plan, failures: Mapping[str, str] | None = None) -> Summary:
@@ -120,6 +123,7 @@ def summarise(plan: Plan, failures: Mapping[str, str] | None = None) -> Summary:
         rows=tuple(sorted(rows, key=_rank)),
         groups=tuple(sorted(_groups(rows), key=_rank)),
         plot=overlay(paths, plan.folder / "curves.png") if paths else None,
+        failures={row.name: row.reason for row in rows if row.reason and standings[row.name].state != "failed"},
     )
     _write(summary)
     return summary
@@ -207,9 +211,9 @@ def _rank(row: Row | Group) -> tuple[float, float]:
 def _recorded(folder: Path) -> dict[str, str]:
     """The failures of the last summary; none if it cannot be read."""
     try:
-        rows = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["rows"]
-        return {row["name"]: str(row["reason"]) for row in rows if row["reason"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["failures"]
+        return {name: str(reason) for name, reason in found.items()}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return {}
 
 
