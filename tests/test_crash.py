@@ -282,6 +282,13 @@ def test_what_appears_at_the_output_while_the_model_loads_is_not_touched(configu
     assert not list(tmp_path.glob(".*.part"))
 
 
+def test_a_draft_that_a_killed_process_left_costs_no_try(configure: Configure, tmp_path: Path) -> None:
+    left = tmp_path / f".run.{os.getpid()}.part"
+    left.mkdir()
+    zotune.start(configure(train={"steps": 1}), Recorder())
+    assert left.exists()
+
+
 def _a_run(configure: Configure, tmp_path: Path) -> Path:
     zotune.start(configure(output="other", train={"steps": 1}), Recorder())
     return tmp_path / "other"

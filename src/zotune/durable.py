@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,16 +17,25 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def draft_of(path: Path) -> Path:
+    """A hidden name beside a path, for what takes its place when it is complete.
+
+    No other process has it: neither one in another container, which may have the same number and the same volume, nor
+    one that was killed and left its draft.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+
+
 def replace(path: Path, content: bytes) -> None:
     """Put a file in the place of another, whole or not at all."""
-    draft = path.parent / f".{path.name}.part"
+    draft = draft_of(path)
     try:
-        with draft.open("wb") as file:
+        with draft.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             draft.unlink()
         raise

@@ -26,7 +26,7 @@ import torch
 
 from zotune import machine, tasks
 from zotune.config import AUTO, Config, MethodConfig, dump, load
-from zotune.durable import replace
+from zotune.durable import draft_of, replace
 from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Evaluation, Metrics
 from zotune.figures import as_json
@@ -59,7 +59,7 @@ class RunDirectory:
         run = cls(config.output)
         run.require_free()
         # What is there under the run's name can always be resumed, whenever the process is killed.
-        draft = cls(run.path.with_name(f".{run.path.name}.{os.getpid()}.part"))
+        draft = cls(draft_of(run.path))
         try:
             draft.path.mkdir(parents=True)
             draft.write_config(config)

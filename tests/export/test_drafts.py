@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,13 @@ def test_what_exists_is_refused_before_anything_is_made(tmp_path: Path, folder: 
     with pytest.raises(ConfigError, match="exists and is left as it is"), drafted(tmp_path / "out", folder=folder):
         pytest.fail("it must not begin")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@folders
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path, folder: bool) -> None:
+    """Its number may be ours, in another container or since the machine was started anew."""
+    left = tmp_path / f".out.{os.getpid()}.part"
+    left.mkdir()
+    with drafted(tmp_path / "out", folder=folder) as draft:
+        fill(draft)
+    assert set(tmp_path.iterdir()) == {left, tmp_path / "out"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from zotune.durable import draft_of
 from zotune.errors import ConfigError, reason
 from zotune.paths import StrPath, expand
 
@@ -33,7 +33,7 @@ def drafted(out: StrPath, *, folder: bool) -> Iterator[Path]:
     """
     refuse_existing(out)
     out = expand(out)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
+    draft = draft_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if folder:
