@@ -96,10 +96,12 @@ def test_a_run_that_exists_is_refused_and_not_touched(run: Path, configure: Conf
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("kind", ["empty folder", "file"])
+@pytest.mark.parametrize("kind", ["empty folder", "file", "link to nothing"])
 def test_whatever_is_at_the_output_is_refused(configure: Configure, tmp_path: Path, kind: str) -> None:
     if kind == "file":
         (tmp_path / "run").write_text("mine")
+    elif kind == "link to nothing":
+        (tmp_path / "run").symlink_to("nothing")
     else:
         (tmp_path / "run").mkdir()
     with pytest.raises(RunExistsError, match="run exists and is no run") as caught:

@@ -82,7 +82,7 @@ class RunDirectory:
             raise RunExistsError(
                 f"{self.path} exists. Continue it with 'zotune resume {self.path}', or set another output directory."
             )
-        if self.path.exists():
+        if os.path.lexists(self.path):
             raise RunExistsError(f"{self.path} exists and is no run. It is left as it is; set another output.")
         above = next(folder for folder in self.path.absolute().parents if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

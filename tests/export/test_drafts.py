@@ -54,3 +54,11 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path, folder: bo
     with drafted(tmp_path / "out", folder=folder) as draft:
         fill(draft)
     assert set(tmp_path.iterdir()) == {left, tmp_path / "out"}
+
+
+@folders
+def test_a_link_to_nothing_is_left_as_it_is(tmp_path: Path, folder: bool) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="exists and is left as it is"), drafted(tmp_path / "out", folder=folder):
+        pytest.fail("it must not begin")
+    assert (tmp_path / "out").readlink() == tmp_path / "nowhere"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +19,9 @@ def refuse_existing(out: StrPath) -> None:
     """Make sure that nothing is at ``out``.
 
     Raises:
-        ConfigError: Something is; it is not touched.
+        ConfigError: Something is, be it a link to nothing; it is not touched.
     """
-    if expand(out).exists():
+    if os.path.lexists(expand(out)):
         raise ConfigError(f"the output {out} exists and is left as it is; give another path, or remove it")
 
 
