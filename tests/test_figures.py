@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zotune.figures import Smoothed, as_json, duration, elapsed, percent, size
+from zotune.figures import Smoothed, as_json, duration, elapsed, from_json, percent, size
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (250, "4:10"), (7325, "2:02:05")])
@@ -32,6 +32,12 @@ def test_json_gets_no_number_that_it_does_not_have() -> None:
     record = {"loss": math.nan, "best": -math.inf, "step": 3, "done": True, "lr": 0.5, "name": "a"}
     assert as_json(record) == {"loss": None, "best": None, "step": 3, "done": True, "lr": 0.5, "name": "a"}
     assert as_json({"branches": [{"last": record}]})["branches"][0]["last"]["loss"] is None
+
+
+@pytest.mark.parametrize("text", ["", "{", b"\xff", pytest.param("[" * 9999, id="deep")])
+def test_what_is_no_json_is_one_kind_of_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        from_json(text)
 
 
 def test_the_first_value_is_not_pulled_towards_zero() -> None:

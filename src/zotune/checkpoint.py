@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zotune.durable import sync
 from zotune.errors import JournalError
+from zotune.figures import from_json
 
 Identity = Callable[[int], str | None]
 """What a run's journal says of its first so many steps, as `zotune.journal.Journal.identity`; None if it has fewer."""
@@ -134,7 +135,7 @@ def _fault(about: Mapping[str, Any] | None, identity: Identity) -> str | None:
 def _verified(path: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself, if its digest confirms it."""
     try:
-        about = json.loads((path / _ABOUT).read_text())
+        about = from_json((path / _ABOUT).read_text())
         return about if about["sha256"] == _sha256(path / _TENSORS, about) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +39,18 @@ def size(count: float) -> str:
 def finite(value: float) -> float | None:
     """The number itself, or None: JSON has neither NaN nor infinity."""
     return value if math.isfinite(value) else None
+
+
+def from_json(text: str | bytes) -> Any:
+    """What a text in JSON stands for.
+
+    Raises:
+        ValueError: It is no JSON, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def as_json(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from zotune.config import AUTO, Config, MethodConfig, dump, load
 from zotune.durable import draft_of, replace
 from zotune.errors import ConfigError, JournalError, RunExistsError
 from zotune.evaluate import Evaluation, Metrics
-from zotune.figures import as_json
+from zotune.figures import as_json, from_json
 from zotune.journal import Header, Journal
 from zotune.paths import StrPath, expand
 from zotune.presets import get, refuse_unused, resolve, unused
@@ -121,7 +121,7 @@ class RunDirectory:
     def read_manifest(self) -> dict[str, Any]:
         """What `manifest` said when the run began; nothing where the file is missing or damaged."""
         try:
-            found = json.loads(self.manifest.read_text(encoding="utf-8"))
+            found = from_json(self.manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -212,8 +212,8 @@ def _keep_lines(path: Path, sound: Callable[[bytes], bool]) -> None:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        from_json(line)
+    except ValueError:
         return False
     return True
 

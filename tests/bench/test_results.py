@@ -51,7 +51,15 @@ def test_a_result_says_where_it_was_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"kind": "scaling"}', '{"kind":"a","case":1,"figures":{},"machine":{}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        pytest.param("[" * 9999, id="deep"),
+        '{"kind": "scaling"}',
+        '{"kind":"a","case":1,"figures":{},"machine":{}}',
+    ],
 )
 def test_a_damaged_result_is_named_and_left(tmp_path: Path, text: str) -> None:
     path = tmp_path / "scaling-0.json"

@@ -171,6 +171,12 @@ def test_another_preface_is_refused(
         apply_journal(str(run.base), tmp_path / "changed", tmp_path / "out")
 
 
+def test_a_preface_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep").write_bytes(gzip.compress(b'{"format":' * 9999))
+    with pytest.raises(JournalError, match="is compressed, but holds no journal"):
+        apply_journal("nowhere", tmp_path / "deep", tmp_path / "out")
+
+
 @pytest.mark.parametrize("key", ["dtype", "trust_remote_code", "facts"])
 def test_a_preface_that_lacks_something_is_refused(run: MadeRun, file: Path, tmp_path: Path, key: str) -> None:
     first, _, rest = gzip.decompress(file.read_bytes()).partition(b"\n")

@@ -77,7 +77,9 @@ def test_going_back_keeps_what_came_later(run: Path, trained: Path) -> None:
 def test_going_back_leaves_out_metrics_that_a_crash_has_damaged(run: Path) -> None:
     path = run / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], b'{"kind": "st\n', b"[3]\n", b'{"kind": "step"}\n', *lines[1:]]))
+    path.write_bytes(
+        b"".join([lines[0], b'{"kind": "st\n', b"[3]\n", b'{"kind": "step"}\n', b"[" * 9999 + b"\n", *lines[1:]])
+    )
     zotune.rollback(run, 7)
     assert path.read_bytes() == b"".join(line for line in lines if json.loads(line)["step"] <= 7)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -106,3 +107,11 @@ def test_random_bytes_are_a_journal_error_or_dropped(
         return
     assert behind_a_header
     assert (read.header, read.entries, read.changes) == (HEADER, [], [])
+
+
+def test_a_header_that_is_nested_too_deeply_is_none(tmp_path: Path) -> None:
+    body = b'{"seed":' * 9999
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(body + b',"crc":"%08x"}\n' % zlib.crc32(body + b"}"))
+    with pytest.raises(JournalError, match="is not a journal: its first line has no version"):
+        records.read(path)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from tiny_runs import Recorder, configure
 from typer.testing import CliRunner
 
@@ -20,6 +21,15 @@ def test_a_wish_counts_from_when_the_board_is_there(tmp_path: Path) -> None:
     assert board.wanted() is None, "the configuration, which has it, may have been edited since"
     Board(tmp_path).want(9)
     assert board.wanted() == 9, "it was asked for once more"
+
+
+@pytest.mark.parametrize("text", ["", "{", pytest.param("[" * 9999, id="deep")])
+def test_files_that_are_damaged_say_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "replicas.json").write_text(text)
+    (tmp_path / "scale.json").write_text(text)
+    board = Board(tmp_path)
+    assert board.read() == {}
+    assert board.wanted() is None
 
 
 def test_what_was_asked_for_is_what_a_run_is_resumed_with(

@@ -36,7 +36,10 @@ def test_the_later_of_two_lines_for_a_step_counts(tmp_path: Path) -> None:
     assert [record["loss"] for record in found.steps] == [0.6, 0.4]
 
 
-@pytest.mark.parametrize("line", ["{torn", "[1]", '{"kind": "step"}', '{"kind": "other", "step": 1}', ""])
+@pytest.mark.parametrize(
+    "line",
+    ["{torn", "[1]", pytest.param('{"a":' * 9999, id="deep"), '{"kind": "step"}', '{"kind": "other", "step": 1}', ""],
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     run = write(tmp_path, step(1, 0.5), tail=f"{line}\n" + json.dumps(step(2, 0.5)) + "\n")
     with pytest.raises(JournalError, match=r"line 2 of .*metrics\.jsonl is damaged"):

@@ -18,6 +18,7 @@ import torch
 
 from zotune import durable
 from zotune.errors import DataError
+from zotune.figures import from_json
 from zotune.machine import describe
 
 Case = Mapping[str, Any]
@@ -115,7 +116,7 @@ def _is_of_a_run(path: Path) -> bool:
 
 def _read(path: Path) -> Result:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = from_json(path.read_text(encoding="utf-8"))
         result = Result(**record)
         if not all(isinstance(part, dict) for part in (result.case, result.figures, result.machine)):
             raise TypeError("case, figures and machine must be objects")

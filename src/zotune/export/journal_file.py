@@ -18,6 +18,7 @@ from zotune.config import ModelConfig
 from zotune.errors import ConfigError, JournalError
 from zotune.export.card import Facts
 from zotune.export.recipe import Recipe
+from zotune.figures import from_json
 from zotune.journal import Journal
 
 FORMAT = "zotune-journal"
@@ -103,7 +104,7 @@ def _decompress(file: Path) -> bytes:
 
 def _read_preface(file: Path, line: bytes) -> dict[str, Any]:
     try:
-        about = json.loads(line)
+        about = from_json(line)
     except ValueError:
         about = None
     if not isinstance(about, dict) or about.get("format") != FORMAT:

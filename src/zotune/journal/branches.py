@@ -22,6 +22,7 @@ from zotune.config import Config, dump
 from zotune.durable import sync
 from zotune.errors import ConfigError, JournalError, unknown
 from zotune.evaluate import Metrics
+from zotune.figures import from_json
 from zotune.journal import locked
 from zotune.journal.records import Contents, line, read, scan, shared
 from zotune.journal.settings import changed
@@ -177,7 +178,7 @@ def _until(path: Path, step: int) -> bytes:
     kept = []
     for text in path.read_bytes().splitlines(keepends=True):
         with suppress(ValueError, KeyError, TypeError):
-            if json.loads(text)["step"] <= step:
+            if from_json(text)["step"] <= step:
                 kept.append(text)
     return b"".join(kept)
 

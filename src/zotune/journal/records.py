@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from zotune.errors import JournalError
-from zotune.figures import finite
+from zotune.figures import finite, from_json
 
 VERSION = 1
 
@@ -267,7 +267,7 @@ def _header(path: Path, text: bytes) -> Header:
             )
         raise JournalError(f"{path} is not a journal: its first line is no header")
     try:
-        version = json.loads(body)["version"]
+        version = from_json(body)["version"]
     except (ValueError, KeyError, TypeError):
         raise JournalError(f"{path} is not a journal: its first line has no version") from None
     if version != VERSION:

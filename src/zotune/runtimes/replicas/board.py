@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zotune.durable import replace
+from zotune.figures import from_json
 
 if TYPE_CHECKING:
     from zotune.runtimes.replicas.team import Team
@@ -41,7 +42,7 @@ class Board:
     def _asked(self) -> tuple[int | None, int | None]:
         """The number that was asked for last, and when, in nanoseconds."""
         try:
-            found = json.loads(self._wish.read_text())
+            found = from_json(self._wish.read_text())
             return int(found["replicas"]), int(found.get("asked", 0))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None, None
@@ -56,7 +57,7 @@ class Board:
     def read(self) -> dict[str, Any]:
         """What `show` wrote last; nothing if it has not."""
         try:
-            found: dict[str, Any] = json.loads(self._figures.read_text())
+            found: dict[str, Any] = from_json(self._figures.read_text())
         except (OSError, ValueError):
             return {}
         return found

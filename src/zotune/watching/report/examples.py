@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from zotune import models
 from zotune.config import Config
 from zotune.data import Dataset
 from zotune.data import load as load_data
+from zotune.figures import from_json
 from zotune.rows import Example, checksum
 from zotune.watching.metrics import comparable
 
@@ -136,7 +136,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with suppress(ValueError):
-            records.append(json.loads(line))
+            records.append(from_json(line))
     return [record for record in records if isinstance(record, dict)]
 
 

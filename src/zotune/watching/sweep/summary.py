@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import ConfigError, JournalError, required
-from zotune.figures import finite
+from zotune.figures import finite, from_json
 from zotune.reporters import SCORES
 from zotune.watching import metrics
 from zotune.watching.metrics import RunMetrics, number
@@ -211,9 +211,9 @@ def _rank(row: Row | Group) -> tuple[float, float]:
 def _recorded(folder: Path) -> dict[str, str]:
     """The failures of the last summary; none if it cannot be read."""
     try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["failures"]
+        found = from_json((folder / "summary.json").read_text(encoding="utf-8"))["failures"]
         return {name: str(reason) for name, reason in found.items()}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
