@@ -62,11 +62,27 @@ def test_a_result_says_where_it_was_measured(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_result_is_named_and_left(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "scaling-0.json"
+    kept = results.Results(tmp_path, "scaling")
+    kept.add(CASE, {})
+    (path,) = tmp_path.iterdir()
     path.write_text(text)
-    with pytest.raises(DataError, match=r"scaling-0\.json is not a result of zotune bench"):
-        results.every(tmp_path)
+    for read in (lambda: results.every(tmp_path), lambda: kept.find(CASE)):
+        with pytest.raises(DataError, match=rf"{path} is not a result of zotune bench"):
+            read()
     assert path.read_text() == text
+
+
+def test_a_file_that_was_never_a_result_is_named_and_left_out(tmp_path: Path) -> None:
+    kept = results.Results(tmp_path, "scaling").add(CASE, {"step_s": 1.0})
+    (written,) = tmp_path.iterdir()
+    written.rename(tmp_path / "mine.json")
+    for name, text in (("notes.json", '{"todo": []}'), ("half.json", "{")):
+        (tmp_path / name).write_text(text)
+    told: list[str] = []
+    assert results.every(tmp_path, told.append) == [kept]
+    assert [text.split(" is left out")[0] for text in told] == [
+        str(tmp_path / name) for name in ("half.json", "notes.json")
+    ]
 
 
 def test_a_folder_without_results_says_what_writes_some(tmp_path: Path) -> None:

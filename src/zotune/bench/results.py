@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,6 +21,9 @@ from zotune import durable
 from zotune.errors import DataError
 from zotune.figures import from_json
 from zotune.machine import describe
+
+_NAME = re.compile(r".+-[0-9a-f]{12}\.json")
+"""Of files that `Results` writes, and that people may have put something before."""
 
 Case = Mapping[str, Any]
 """What is measured: every setting that a figure depends on, as JSON knows values."""
@@ -96,15 +100,28 @@ def told(case: Case) -> str:
     return " ".join(str(value) for value in case.values() if not isinstance(value, Mapping))
 
 
-def every(folder: Path) -> list[Result]:
+def every(folder: Path, notice: Callable[[str], None] = lambda text: None) -> list[Result]:
     """All results in a folder and the folders in it, run directories left out, by file name.
+
+    Args:
+        folder: Where they are.
+        notice: Told of each other JSON file, in one line.
 
     Raises:
         DataError: The folder is not there, has no results, or one is damaged.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; give one that zotune bench wrote results to (--out)")
-    found = [_read(path) for path in sorted(folder.rglob("*.json")) if not _is_of_a_run(path)]
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        if _is_of_a_run(path):
+            continue
+        try:
+            found.append(_read(path))
+        except DataError:
+            if _NAME.fullmatch(path.name):
+                raise
+            notice(f"{path} is left out: it is not a result of zotune bench, by its name and by what is in it")
     if not found:
         raise DataError(f"{folder} has no results (*.json); zotune bench scaling --out {folder} writes some")
     return found

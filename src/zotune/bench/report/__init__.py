@@ -44,12 +44,13 @@ def markdown(found: Sequence[Section], *, pictures: bool) -> str:
     return paragraphs(*parts) + "\n"
 
 
-def write(folder: Path, out: Path | None = None) -> str:
+def write(folder: Path, out: Path | None = None, notice: Callable[[str], None] = lambda text: None) -> str:
     """Write ``report.md`` and its pictures, ``*.png``.
 
     Args:
         folder: Of results; those in folders within it count, too.
         out: Where to; default: ``folder``.
+        notice: Told of each JSON file that is no result, in one line.
 
     Returns:
         The text of ``report.md``.
@@ -60,7 +61,7 @@ def write(folder: Path, out: Path | None = None) -> str:
     """
     from zotune.watching.plots import save
 
-    found, out = sections(every(folder)), out or folder
+    found, out = sections(every(folder, notice)), out or folder
     text = markdown(found, pictures=True)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ def bench_report(
     """Write the results in DIR as Markdown tables and pictures, and print the tables."""
     from zotune.bench import report
 
-    text = report.write(folder, out)
+    text = report.write(folder, out, lambda text: typer.echo(text, err=True))
     if as_json:
         print_json({"results": str(folder), "report": str((out or folder) / "report.md")})
     else:
