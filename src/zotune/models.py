@@ -119,6 +119,11 @@ def head_width(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def caps_attention(config: Any) -> bool:
+    """Whether a model's attention scores pass through a soft cap, by its configuration (Gemma 2)."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
 def embeddings(model: Any) -> int:
     """Tokens that the model has embeddings of; their ids count from 0."""
     table = model.get_input_embeddings()

@@ -290,6 +290,18 @@ def test_a_change_of_full_rank_is_refused_with_the_reason(tmp_path: Path, method
     torch.testing.assert_close(scores(adapted), run.scores(), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("format", ["merged", "peft"])
+def test_who_loads_a_model_as_its_card_says_has_the_soft_cap_of_its_attention(tmp_path: Path, format: str) -> None:
+    run = made_runs.make(tmp_path, "gemma2", "lozo", scope="linear", **WINDOWS)
+    export_run(run.path, tmp_path / "out", format)
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("PATH", str(tmp_path / "out")).replace("BASE", str(run.base)), names)
+    torch.testing.assert_close(scores(names["model"]), run.scores(), atol=2e-5, rtol=0)
+    assert "soft cap" in card
+
+
 def test_weights_are_cut_into_shards(tmp_path: Path) -> None:
     run = made_runs.make(tmp_path, "llama", "lozo", scope="linear", **WINDOWS)
     export_run(run.path, tmp_path / "merged", shard_size="40KB")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from zotune import models
 from zotune.errors import ConfigError, ModelError
 from zotune.export import card
 from zotune.export.changes import collect
@@ -152,7 +153,8 @@ def write(recipe: Recipe, folder: Path, *, rank: int | None, max_error: float) -
     owned = {_PREFIX + name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(owned, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
-    text = card.render(recipe.facts, "peft", dtype=precision.name(model.dtype), notes=made.notes)
+    dtype, capped = precision.name(model.dtype), models.caps_attention(model.config)
+    text = card.render(recipe.facts, "peft", dtype=dtype, capped=capped, notes=made.notes)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return made
 

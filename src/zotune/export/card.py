@@ -23,14 +23,19 @@ _SHOWN_LORA = ("lora_rank", "lora_alpha")
 
 _LOAD_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH"{options})
 tokenizer = AutoTokenizer.from_pretrained("PATH")"""
 
 _LOAD_ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("BASE", dtype="DTYPE")
+model = AutoModelForCausalLM.from_pretrained("{base}", dtype="{dtype}"{options})
 model = PeftModel.from_pretrained(model, "PATH")"""
+
+_CAPPED = (
+    "The attention scores of this model pass through a soft cap, which transformers' default attention leaves out; "
+    "`eager` has it."
+)
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,14 @@ class Facts:
         )
 
 
-def render(facts: Facts, kind: str, *, dtype: str, notes: Sequence[str] = ()) -> str:
+def render(facts: Facts, kind: str, *, dtype: str, capped: bool = False, notes: Sequence[str] = ()) -> str:
     """The text of a README.md.
 
     Args:
         facts: Of the run.
         kind: ``merged`` or ``peft``.
         dtype: Of the base model's weights.
+        capped: Whether its attention scores pass through a soft cap, which transformers' default attention leaves out.
         notes: What else to know of this export, a sentence each.
     """
     library = "peft" if kind == "peft" else "transformers"
@@ -114,8 +120,11 @@ def render(facts: Facts, kind: str, *, dtype: str, notes: Sequence[str] = ()) ->
     )
     what = "A PEFT adapter for" if kind == "peft" else "A fine-tune of"
     load = _LOAD_ADAPTER if kind == "peft" else _LOAD_MERGED
-    pinned = f', revision="{facts.revision}"' if facts.revision else ""
-    load = load.replace("BASE", facts.base if facts.hub else "BASE").replace('"DTYPE"', f'"{dtype}"{pinned}')
+    options = f', revision="{facts.revision}"' if facts.revision and kind == "peft" else ""
+    if capped:
+        options += ', attn_implementation="eager"'
+        notes = (*notes, _CAPPED)
+    load = load.format(base=facts.base if facts.hub else "BASE", dtype=dtype, options=options)
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _rows(facts, dtype) if value)
     parts = [
         f"---\n{front.to_yaml().strip()}\n---",

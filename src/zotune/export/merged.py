@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from zotune import models
 from zotune.errors import ConfigError
 from zotune.export import card
 from zotune.export.recipe import Recipe
@@ -42,5 +43,6 @@ def write(recipe: Recipe, folder: Path, *, shard_size: str) -> None:
     model, tokenizer = recipe.load_base()
     recipe.runtime(model).export(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
-    text = card.render(recipe.facts, "merged", dtype=precision.name(model.dtype))
+    capped = models.caps_attention(model.config)
+    text = card.render(recipe.facts, "merged", dtype=precision.name(model.dtype), capped=capped)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from zotune.errors import ModelError
-from zotune.models import head_width
+from zotune.models import caps_attention, head_width
 from zotune.runtimes.packing import Pack, Spans
 from zotune.runtimes.precision import product_dtype
 
@@ -190,7 +190,7 @@ def takes_spans(model: PreTrainedModel) -> bool:
         and width <= _WIDEST
         # Keys and values of different widths.
         and not hasattr(config, "v_head_dim")
-        and getattr(config, "attn_logit_softcapping", None) is None
+        and not caps_attention(config)
     )
 
 
