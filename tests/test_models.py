@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
+from transformers.utils import logging
 
 from zotune import models
 from zotune.config import ModelConfig
@@ -42,6 +43,24 @@ def test_a_model_comes_in_the_dtype_that_is_asked_for_ready_to_score(folder: Pat
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, name)}
     assert not model.training
     assert tokenizer("the film").input_ids == [tokenizer.vocab["the"], tokenizer.vocab["film"]]
+
+
+def test_loading_shows_no_bar_and_leaves_those_of_others(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bars = []
+
+    def mine(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        bars.append(options)
+        return factory(*args, **options)
+
+    before = logging.set_tqdm_hook(mine)
+    try:
+        model, _ = load(folder)
+        assert (bars, capfd.readouterr().err) == ([], "")
+        type(model).from_pretrained(folder)
+        assert "Loading weights" in capfd.readouterr().err
+        assert bars
+    finally:
+        assert logging.set_tqdm_hook(before) is mine
 
 
 def test_the_automatic_dtype_is_the_one_that_the_device_multiplies_best(folder: Path) -> None:

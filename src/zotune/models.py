@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,7 @@ def _load(config: ModelConfig, automatic: Any, **options: Any) -> Any:
     reachable = Path(path).is_dir() or hub.reachable()
     options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        with hub.offline(not reachable):
+        with hub.offline(not reachable), _without_bars():
             return automatic.from_pretrained(path, **options)
     # What is raised depends on the versions of several libraries below, and all of it means the same to the user.
     except Exception as error:
@@ -94,6 +96,18 @@ def _load(config: ModelConfig, automatic: Any, **options: Any) -> Any:
             f"cannot load the model {config.path!r}: {why}. "
             "Give a folder with config.json, weights and tokenizer, or the id of a model on the hub."
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bar of transformers' in here; downloads keep theirs, and so does what the caller loads later."""
+    from transformers.utils import logging
+
+    before = logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def context_length(model: Any) -> int:
