@@ -116,6 +116,25 @@ def test_the_package_is_the_program() -> None:
     assert refused.stderr.startswith("Usage: zotune ")
 
 
+INTERRUPTED_LOADING = """
+import sys
+
+class Interrupt:
+    def find_spec(name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt)
+from zotune.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_program_is_loaded_is_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_LOADING], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("first", "found", "expected"),
     [
