@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zotune.figures import Smoothed, as_json, duration, elapsed, from_json, percent, size
+from zotune.figures import Smoothed, as_json, counted, duration, elapsed, from_json, percent, size
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (250, "4:10"), (7325, "2:02:05")])
@@ -16,6 +16,10 @@ def test_duration(seconds: float, shown: str) -> None:
 
 def test_percent() -> None:
     assert percent(0.78349) == "78.3 %"
+
+
+def test_one_has_no_plural() -> None:
+    assert [counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
 
 
 def test_elapsed_is_short_where_little_time_has_passed() -> None:

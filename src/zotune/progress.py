@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from zotune.figures import Smoothed, duration, percent
+from zotune.figures import Smoothed, counted, duration, percent
 from zotune.reporters import SCORES, Record
 
 
@@ -64,7 +64,7 @@ class TerminalReporter:
     def start(self, path: Path, steps: int, done: int) -> None:
         """Name the run and open the bar."""
         self._steps, self._done, self._first = steps, done, done
-        self.notice(f"run {path}: {steps} steps" + (f", {done} done" if done else ""))
+        self.notice(f"run {path}: {counted(steps, 'step')}" + (f", {done} done" if done else ""))
         if self._console.is_jupyter:
             self._live = _NotebookLine(self._clock)
         elif self._console.is_terminal and not self._console.is_dumb_terminal:

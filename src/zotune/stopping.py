@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from zotune.errors import StopRun
 from zotune.evaluate import Metrics
+from zotune.figures import counted
 from zotune.journal import Entry
 
 
@@ -37,7 +38,7 @@ def stop_if_stalled(evaluations: Mapping[int, Metrics], patience: int | None, mi
             waited += 1
     if patience is not None and waited >= patience:
         by = f" by more than {min_delta:g}" if min_delta else ""
-        raise StopRun(f"the validation loss has not fallen{by} in {waited} evaluations (train.patience)")
+        raise StopRun(f"the validation loss has not fallen{by} in {counted(waited, 'evaluation')} (train.patience)")
 
 
 def has_diverged(entries: Sequence[Entry], allowed: int) -> bool:

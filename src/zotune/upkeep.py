@@ -10,6 +10,7 @@ from typing import Any
 
 from zotune import checkpoint, stopping
 from zotune.errors import DivergedError, StopRun
+from zotune.figures import counted
 from zotune.journal import Entry, Journal
 from zotune.reporters import Reporter
 from zotune.run import RunDirectory
@@ -49,8 +50,9 @@ class Upkeep:
         self._reporter.step(self._run.add_metrics(self._step_record(entry, seconds)))
         if stopping.is_stuck(self._journal.entries, self._train.max_skipped):
             self._reporter.notice(
-                f"no direction has changed the loss in {self._train.max_skipped} steps, up to step {entry.step + 1}: "
-                "method.eps is below what the model's dtype resolves, or a method.lr too high has destroyed the model"
+                f"no direction has changed the loss in {counted(self._train.max_skipped, 'step')}, up to step "
+                f"{entry.step + 1}: method.eps is below what the model's dtype resolves, or a method.lr too high has "
+                "destroyed the model"
             )
         self._stop_if_diverged()
 
@@ -138,11 +140,11 @@ class Upkeep:
             return
         if all(map(math.isfinite, entries[-1].losses)):
             raise DivergedError(
-                f"{allowed} steps in a row had no estimate, up to step {len(entries)}: the losses of their probes are "
-                "all the same, or too far apart. Set another method.eps, or model.dtype = 'float32'."
+                f"{counted(allowed, 'step')} in a row had no estimate, up to step {len(entries)}: the losses of their "
+                "probes are all the same, or too far apart. Set another method.eps, or model.dtype = 'float32'."
             )
         raise DivergedError(
-            f"the loss was not finite in {allowed} steps in a row, up to step {len(entries)}. "
+            f"the loss was not finite in {counted(allowed, 'step')} in a row, up to step {len(entries)}. "
             "Lower method.lr or method.eps, or set model.dtype = 'float32'."
         )
 

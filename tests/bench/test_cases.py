@@ -38,7 +38,7 @@ def test_what_was_interrupted_goes_on_with_what_is_missing(tmp_path: Path) -> No
     second = Bench(tmp_path)
     assert [dict(result.case) for result in second.run()] == CASES
     assert second.measured == CASES[2:]
-    assert "2 of 3 cases are measured already" in second.text.getvalue()
+    assert "2 of 3 cases measured already" in second.text.getvalue()
 
 
 @pytest.mark.parametrize("error", [ModelError("no such site"), RuntimeError("out of memory")])
@@ -63,7 +63,7 @@ def test_no_case_begins_after_the_time_is_up(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     assert bench.run(minutes=0) == []
     assert bench.measured == []
-    assert "3 cases are left" in bench.text.getvalue()
+    assert "3 cases left" in bench.text.getvalue()
 
 
 def test_the_time_left_follows_from_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

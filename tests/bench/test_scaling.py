@@ -61,7 +61,7 @@ def test_the_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
     words += ["--dtype", "float32", "--threads", "1", "--repeats", "1", "--out", str(tmp_path)]
     none = CliRunner().invoke(cli.app, [*words, "--minutes", "0"])
     assert none.exit_code == 0, none.output
-    assert "2 cases are left" in none.output
+    assert "2 cases left" in none.output
     done = CliRunner().invoke(cli.app, words)
     assert done.exit_code == 0, done.output
     found = every(tmp_path)
@@ -71,7 +71,7 @@ def test_the_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
     kept = replace(found[0], figures={**found[0].figures, "step_s": 1234.5})
     Results(tmp_path, "scaling").add(kept.case, kept.figures)
     again = CliRunner().invoke(cli.app, [*words, "--json"])
-    assert "2 of 2 cases are measured already" in again.stderr
+    assert "2 of 2 cases measured already" in again.stderr
     assert 1234.5 in {result["figures"]["step_s"] for result in json.loads(again.stdout)["results"]}
 
 

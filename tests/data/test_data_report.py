@@ -39,5 +39,5 @@ def test_repetitions_count_the_label_and_contradictions_are_about_it():
     assert repeats("train", [first, second, first, other]) == ["train: 1 of 4 rows repeat another row"]
     assert repeats("train", [first, second]) == []
     assert contradictions([first, second, other], ["row 1", "row 2", "row 3"]) == [
-        "1 rows have the prompt of another row but not its label: row 3 and row 1"
+        "1 row with the prompt of another row but not its label: row 3 and row 1"
     ]

@@ -118,7 +118,7 @@ def test_one_prompt_with_two_labels_is_told_with_both_rows(tmp_path):
     lines = [{"text": f"film {i}", "label": i % 2} for i in range(8)]
     path = write(tmp_path / "rows.jsonl", [*lines, {"text": "film 3", "label": 0}])
     (told,) = [each for each in load(config(path), TOKENIZER, 64).notices if "but not its label" in each]
-    assert told.startswith("1 rows have the prompt of another row but not its label: ")
+    assert told.startswith("1 row with the prompt of another row but not its label: ")
     assert {"row 4 of rows.jsonl", "row 9 of rows.jsonl"} == set(told.partition(": ")[2].split(" and "))
 
 

@@ -55,7 +55,7 @@ def test_nothing_but_the_text_model_and_its_head_is_a_site(family: str) -> None:
         runtime.apply(update)
     assert {name for name, value in model.named_parameters() if not torch.equal(value, before[name])} <= names
     (told,) = left_out(model, runtime.layout)
-    assert "do not belong to the text model and stay as they are; among them model.vi" in told
+    assert "of no text model, left as they are; among them model.vi" in told
 
 
 def test_a_model_that_hides_its_text_model_is_refused() -> None:
@@ -85,7 +85,7 @@ def test_what_an_expert_holds_is_refused_by_name_or_told(family: str) -> None:
         EmbeddedRuntime(tiny.model(family), METHODS["all"])
     model: Any = tiny.model(family)
     (told,) = left_out(model, EmbeddedRuntime(model, METHODS["linear"]).layout)
-    assert "% of the model, are matrices but no linear layers that see every token (experts, routers)" in told
+    assert "% of the model: matrices but no linear layers that see every token (experts, routers)" in told
     names = {site.name for site in EmbeddedRuntime(tiny.model(family), METHODS["linear"]).layout.sites}
     assert ("model.layers.0.mlp.shared_expert.up_proj.weight" in names) == (family == "qwen2-moe")
 

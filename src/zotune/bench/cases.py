@@ -10,7 +10,7 @@ from rich.console import Console
 
 from zotune.bench.results import Case, Result, Results, told
 from zotune.errors import ZotuneError, reason
-from zotune.figures import duration
+from zotune.figures import counted, duration
 
 Figures = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def run(
     """
     missing = [case for case in cases if _is_missing(results.find(case), retry)]
     if len(missing) < len(cases):
-        console.print(f"{len(cases) - len(missing)} of {len(cases)} cases are measured already")
+        console.print(f"{len(cases) - len(missing)} of {counted(len(cases), 'case')} measured already")
     began, spent, left = time.monotonic(), 0.0, sum(map(cost, missing))
     for number, case in enumerate(missing, 1):
         try:
@@ -56,7 +56,7 @@ def run(
                 raise TimeIsUp
             result = results.add(case, _figures(measure, case))
         except TimeIsUp:
-            console.print(f"the time is up; {len(missing) - number + 1} cases are left: call again to go on")
+            console.print(f"the time is up with {counted(len(missing) - number + 1, 'case')} left: call again to go on")
             break
         spent, left = spent + cost(case), left - cost(case)
         seconds = (time.monotonic() - began) * left / spent

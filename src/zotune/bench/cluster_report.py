@@ -10,6 +10,7 @@ from rich.table import Table
 
 from zotune.bench.cluster_check import Measured
 from zotune.bench.cluster_simulation import Conditions, Costs, Simulated
+from zotune.figures import counted
 from zotune.machine import cpu_name, versions
 
 
@@ -61,7 +62,8 @@ class ClusterReport:
         if self.measured:
             console.print(self._measured())
             about = ", ".join(f"{name} {value}" for name, value in self.about.items())
-            console.print(f"{about}, {self.directions} direction(s) in {self.units} units, {cpu_name()}")
+            cut = f"{counted(self.directions, 'direction')} in {counted(self.units, 'unit')}"
+            console.print(f"{about}, {cut}, {cpu_name()}")
         console.print(self._simulated())
         costs, conditions = self.costs, self.conditions
         work = f"unit {1e3 * costs.unit:.1f} ms, update {1e3 * costs.common:.1f} ms"

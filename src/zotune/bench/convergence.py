@@ -22,6 +22,7 @@ from zotune.bench.steps import resolved, threads_set
 from zotune.config import AUTO
 from zotune.data import BatchOrder
 from zotune.errors import ConfigError, ModelError
+from zotune.figures import counted
 from zotune.journal.branches import open_run
 from zotune.presets import resolve
 from zotune.reporters import SilentReporter
@@ -151,7 +152,7 @@ def _run(entry: Entry) -> tuple[list[Evaluated], Any]:
     planned = Planned(Path(entry.config.output).name, {}, entry.config)
     where = whereabouts(planned)
     if where.state in ("failed", "diverged"):
-        raise ModelError(where.reason or f"{planned.path} diverged after {where.steps} steps")
+        raise ModelError(where.reason or f"{planned.path} diverged after {counted(where.steps, 'step')}")
     if where.state in ("waiting", "interrupted"):
         carry_on(planned, where, SilentReporter())
     return list(_recorded(planned.path)), open_run(planned.path)[1].method.lr

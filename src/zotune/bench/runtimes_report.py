@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from zotune.figures import counted
 from zotune.machine import cpu_name, versions
 
 
@@ -104,6 +105,6 @@ class RuntimesReport:
         console.print(table)
         peak = f"{self.peak_flops_per_s / 1e9:.0f} GFLOP/s"
         console.print(
-            f"{self.dtype}, {self.directions} direction(s), {self.repeats} steps each in turn, {self.threads} CPU "
-            f"threads, matmul peak {peak}, {cpu_name()}"
+            f"{self.dtype}, {counted(self.directions, 'direction')}, {counted(self.repeats, 'step')} each in turn, "
+            f"{counted(self.threads, 'CPU thread')}, matmul peak {peak}, {cpu_name()}"
         )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zotune.bench.memory import MemoryReport
+from zotune.figures import counted
 from zotune.machine import cpu_name, versions
 
 
@@ -123,4 +124,5 @@ class StepReport:
         for name, seconds in self.phases.items():
             table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / total:.1%}")
         console.print(table)
-        console.print(f"{self.repeats} steps each in turn, {self.threads} CPU threads, {self.device}, {cpu_name()}")
+        repeats, threads = counted(self.repeats, "step"), counted(self.threads, "CPU thread")
+        console.print(f"{repeats} each in turn, {threads}, {self.device}, {cpu_name()}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zotune.cli.program import AsJson, RunPath, app, print_json
-from zotune.figures import size
+from zotune.figures import counted, size
 
 if TYPE_CHECKING:
     from zotune.export import Exported
@@ -66,6 +66,7 @@ def _print(done: Exported, as_json: bool) -> None:
         print_json({**asdict(done), "path": str(done.path)})
         return
     what = {"merged": "a Hugging Face folder", "peft": "a PEFT adapter", "journal": "a journal file"}[done.format]
-    typer.echo(f"{done.path}: {what} of {size(done.bytes)}, {done.steps} steps, made in {done.seconds:.1f} s")
+    steps = counted(done.steps, "step")
+    typer.echo(f"{done.path}: {what} of {size(done.bytes)}, {steps}, made in {done.seconds:.1f} s")
     for note in done.notes:
         typer.echo(note)

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from zotune.cli.program import AsJson, RunPath, app, command_line, plain_console, plain_table, print_json
 from zotune.errors import ConfigError
-from zotune.figures import percent
+from zotune.figures import counted, percent
 
 if TYPE_CHECKING:
     from zotune.journal.branches import Branch
@@ -40,7 +40,7 @@ def replay(
     if as_json:
         print_json({"run": str(path), **_replay_record(done)})
     else:
-        typer.echo(f"{done.path}: the weights after {done.step} steps, replayed in {done.seconds:.2f} s")
+        typer.echo(f"{done.path}: the weights after {counted(done.step, 'step')}, replayed in {done.seconds:.2f} s")
         typer.echo(_verdict(done))
     if done.comparison is not None and not done.comparison.same:
         raise typer.Exit(OTHER_BITS)
@@ -78,7 +78,7 @@ def rollback(
         typer.echo(f"{path} is the branch {branch} again")
     else:
         typer.echo(f"{path} is at step {step}")
-    typer.echo(f"kept      {kept.path} ({kept.steps} steps)")
+    typer.echo(f"kept      {kept.path} ({counted(kept.steps, 'step')})")
     typer.echo(f"go on     {command_line('resume', path)}")
     typer.echo(f"go back   {command_line('rollback', path, '--branch', kept.name)}")
 

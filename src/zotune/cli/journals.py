@@ -11,7 +11,7 @@ from rich.table import Table
 
 from zotune.cli.program import AsJson, app, command_line, plain_console, plain_table, print_json
 from zotune.errors import ConfigError
-from zotune.figures import finite
+from zotune.figures import counted, finite
 
 if TYPE_CHECKING:
     from zotune.journal.audit import Difference, Verdict
@@ -40,7 +40,7 @@ def show(
     contents = read(journal_file(path))
     steps = len(contents.entries)
     if step is not None and step > steps:
-        raise ConfigError(f"{path} has {steps} steps; got --step {step}")
+        raise ConfigError(f"{path} has {counted(steps, 'step')}; got --step {step}")
     entries = contents.entries[-last:] if step is None else contents.entries[step - 1 : step]
     if as_json:
         print_json(_contents_record(contents, entries))
@@ -50,7 +50,7 @@ def show(
             console.print(f"{name:11}{_plain(value)}", soft_wrap=True)
         for change in contents.changes:
             console.print(f"from step {change.step + 1}: {_plain(change.settings)}", soft_wrap=True)
-        console.print(f"{steps} steps", soft_wrap=True)
+        console.print(counted(steps, "step"), soft_wrap=True)
         console.print(_steps(contents, entries))
 
 
@@ -142,7 +142,7 @@ def _update(optimizer: Optimizer, entry: Entry) -> str:
 
 def _print_verdict(path: Path, verdict: Verdict) -> None:
     state = "sound" if verdict.sound else "not sound"
-    typer.echo(f"{verdict.journal}: {state}, {verdict.steps} steps, {verdict.size} bytes")
+    typer.echo(f"{verdict.journal}: {state}, {counted(verdict.steps, 'step')}, {verdict.size} bytes")
     for text in (*verdict.problems, *verdict.notices):
         typer.echo(f"  {text}")
     if verdict.checkpoints:

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from zotune.cli.program import AsJson, RunPath, app, plain_console, plain_table, print_json
-from zotune.figures import percent
+from zotune.figures import counted, percent
 
 if TYPE_CHECKING:
     from zotune.presets import Preset
@@ -41,7 +41,7 @@ def evaluate(
         print_json({"run": str(path), **asdict(metrics)})
     else:
         shares = "".join(f"  {name} {percent(share)}" for name, share in metrics.shares.items())
-        typer.echo(f"loss {metrics.loss:.3f}{shares}  on {metrics.examples} validation rows")
+        typer.echo(f"loss {metrics.loss:.3f}{shares}  on {counted(metrics.examples, 'validation row')}")
 
 
 @app.command()

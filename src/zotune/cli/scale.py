@@ -8,7 +8,7 @@ import typer
 
 from zotune.cli.program import AsJson, RunPath, app, command_line, plain_console, plain_table, print_json
 from zotune.errors import ConfigError, JournalError
-from zotune.figures import percent
+from zotune.figures import counted, percent
 
 if TYPE_CHECKING:
     from zotune.config import Config
@@ -47,7 +47,7 @@ def scale(
         asked = {} if replicas is None else {"wanted": replicas}
         print_json({"run": str(path), "live": live, "wanted": None, "replicas": [], **found, **asked})
     elif replicas is not None:
-        typer.echo(f"asked {path} for {replicas} replicas; those who are new join once they are in step")
+        typer.echo(f"asked {path} for {counted(replicas, 'replica')}; who is new joins once it is in step")
         typer.echo(f"watch     {command_line('scale', path)}")
     else:
         _show(found, live)
@@ -80,7 +80,7 @@ def _show(found: dict[str, Any], live: bool) -> None:
         where = [str(each.get(name, "-")) for name in ("node", "pid")]
         table.add_row(str(each["replica"]), each["state"], *where, *_figures(each), str(each["restarts"]))
     plain_console().print(table)
-    typer.echo(f"{found.get('wanted', 'no')} replicas wanted" + ("" if live else "; the run is not training now"))
+    typer.echo(f"replicas wanted: {found.get('wanted', 'none')}" + ("" if live else "; the run is not training now"))
 
 
 def _figures(each: dict[str, Any]) -> list[str]:

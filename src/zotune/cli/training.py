@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from zotune.cli.program import AsJson, RunPath, app, command_line, print_json, told_how_to_go_on
-from zotune.figures import duration, percent
+from zotune.figures import counted, duration, percent
 from zotune.paths import expand
 from zotune.progress import LastingConsole, TerminalReporter
 from zotune.reporters import Reporter
@@ -153,10 +153,10 @@ def _outcome(summary: Summary, picture: Path) -> str:
     return "\n".join(
         (
             "",
-            f"on {last.examples} validation rows     before      after",
+            f"{'on ' + counted(last.examples, 'validation row'):24}{'before':>10} {'after':>10}",
             *_before_and_after(first, last),
             "",
-            f"{summary.steps} steps{skipped}{stopped}, {duration(summary.seconds)} of training",
+            f"{counted(summary.steps, 'step')}{skipped}{stopped}, {duration(summary.seconds)} of training",
             f"picture   {picture}",
             *best,
             f"evaluate  {command_line('eval', summary.path)}",

@@ -14,6 +14,7 @@ from zotune.data.forms import Classification, Completion, Conversations, Example
 from zotune.data.split import Prepare, Split, split
 from zotune.data.templates import Record, value
 from zotune.errors import ConfigError, DataError, required
+from zotune.figures import counted
 from zotune.objectives import Objective
 from zotune.rows import Example
 from zotune.tasks.base import as_read
@@ -181,7 +182,7 @@ def _missing(config: DataConfig, train: int, validation: int) -> list[str]:
     """Notices of rows that were asked for and are not there."""
     asked = (("train", config.train_size, train), ("validation", config.validation_size, validation))
     return [
-        f"{name}: data.{name}_size asks for {size} rows, but there are only {count}"
+        f"{name}: data.{name}_size asks for {counted(size, 'row')}, but there are only {count}"
         for name, size, count in asked
         if size is not None and count < size
     ]

@@ -13,7 +13,7 @@ from zotune.data.conversation import Conversation, turns_of
 from zotune.data.encode import Encoded, Encoder, Text
 from zotune.data.templates import Record, Template, lookup, texts
 from zotune.errors import DataError
-from zotune.figures import percent
+from zotune.figures import counted, percent
 from zotune.objectives import CandidateCrossEntropy, CompletionNLL, Objective
 from zotune.rows import Example
 
@@ -98,7 +98,7 @@ class Classification:
         if len(classes) == 1 and self.classes:
             name = self.classes[classes.pop()]
             raise DataError(
-                f"all {len(examples)} training rows have the class {name!r}, so there is nothing to learn. Check "
+                f"all training rows ({len(examples)}) have the class {name!r}, so there is nothing to learn. Check "
                 "data.label, or give training rows of each class."
             )
 
@@ -108,7 +108,7 @@ class Classification:
             f"{candidate.text.strip()} {percent(counts[index] / len(gold))}"
             for index, candidate in enumerate(self.candidates)
         )
-        return f"{len(gold)} rows, {', '.join(shares)}"
+        return f"{counted(len(gold), 'row')}, {', '.join(shares)}"
 
 
 class _Learnt:
@@ -195,7 +195,7 @@ def _completed(encoded: Encoded, answers: Sequence[tuple[str, ...]]) -> Examples
         Example(row, answers=each, alone=encoded.alone.get(number, ()) if each else ())
         for number, (row, each) in enumerate(zip(encoded.rows, answers, strict=True))
     )
-    return Examples(examples, f"{len(examples)} rows, {scored} tokens to learn", encoded)
+    return Examples(examples, f"{counted(len(examples), 'row')}, {counted(scored, 'token')} to learn", encoded)
 
 
 def form(config: DataConfig) -> Classification | Completion | Conversations:

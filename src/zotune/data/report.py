@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from zotune.figures import percent
+from zotune.figures import counted, percent
 from zotune.rows import Example, Row
 
 RARE = 0.1
@@ -36,7 +36,7 @@ def contradictions(examples: Iterable[Example], wheres: Iterable[str]) -> list[s
             found.append(f"{where} and {earlier}")
     if not found:
         return []
-    return [f"{len(found)} rows have the prompt of another row but not its label: {'; '.join(found[:3])}"]
+    return [f"{counted(len(found), 'row')} with the prompt of another row but not its label: {'; '.join(found[:3])}"]
 
 
 def balance(classes: Sequence[str], train: Sequence[Example], validation: Sequence[Example]) -> list[str]:

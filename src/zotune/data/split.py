@@ -17,6 +17,7 @@ from zotune.data.forms import Numbered
 from zotune.data.sources import File, Hub, locate
 from zotune.data.templates import Record
 from zotune.errors import ConfigError, DataError
+from zotune.figures import counted
 
 VALIDATION_ROWS = 500
 HELD_OUT = 0.1
@@ -111,7 +112,7 @@ def _sizes(rows: int, config: DataConfig) -> tuple[int, int]:
         validation = min(config.validation_size or VALIDATION_ROWS, rows - train)
     if min(train, validation) < 1:
         raise DataError(
-            f"{rows} rows are too few to train on {config.train_size or 'some'} and validate on "
+            f"{counted(rows, 'row')}: too few to train on {config.train_size or 'some'} and validate on "
             f"{config.validation_size or 'others'}. Lower data.train_size or data.validation_size, or give rows in "
             "data.validation."
         )

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData, metadata_load
 
 from zotune.config import Config, DataConfig
 from zotune.evaluate import Metrics
-from zotune.figures import finite, percent
+from zotune.figures import counted, finite, percent
 from zotune.journal import Journal
 from zotune.presets import PRESETS
 from zotune.run import RunDirectory
@@ -150,7 +150,7 @@ def _rows(facts: Facts, dtype: str) -> list[tuple[str, str]]:
         ("method", f"`{facts.preset}`" + (f": {preset.citation}" if preset else "")),
         ("settings", ", ".join(values)),
         ("steps", f"{facts.steps}{skipped}, batches of {facts.batch_size}, seed {facts.seed}"),
-        *((f"after {each['step']} steps", _metrics(each)) for each in facts.evaluations),
+        *((f"after {counted(each['step'], 'step')}", _metrics(each)) for each in facts.evaluations),
         ("trained by", f"`{facts.command}`" if facts.command else ""),
         ("versions", ", ".join(f"{name} {number}" for name, number in facts.versions.items() if number)),
     ]
@@ -163,7 +163,8 @@ def _evaluation(step: int, metrics: Metrics) -> dict[str, Any]:
 def _metrics(evaluation: dict[str, Any]) -> str:
     loss = [] if evaluation["loss"] is None else [f"loss {evaluation['loss']:.4f}"]
     shares = [f"{name} {percent(share)}" for name, share in evaluation["shares"].items()]
-    return f"{', '.join(loss + shares)} on {evaluation['examples']} validation rows" if loss or shares else ""
+    rows = counted(evaluation["examples"], "validation row")
+    return f"{', '.join(loss + shares)} on {rows}" if loss or shares else ""
 
 
 def _data(data: DataConfig) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from zotune import checkpoint
 from zotune.config import load
 from zotune.errors import JournalError, ZotuneError
+from zotune.figures import counted
 from zotune.journal.branches import finish
 from zotune.journal.records import Contents, Entry, differences, read, scan, shared
 from zotune.journal.settings import configured
@@ -102,7 +103,7 @@ def verify(path: Path) -> Verdict:
     if contents.damage is not None and contents.damage.torn:
         notices.append(f"the last record, in line {contents.damage.line}, is torn; its step runs again on resume")
     elif damaged:
-        problems.insert(0, f"{contents.damage}; {steps} steps before it can be recovered")
+        problems.insert(0, f"{contents.damage}; {counted(steps, 'step')} before it can be recovered")
     sound: tuple[int, ...] = ()
     if path.is_dir():
         run = RunDirectory(path)

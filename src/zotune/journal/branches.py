@@ -22,7 +22,7 @@ from zotune.config import Config, dump
 from zotune.durable import sync
 from zotune.errors import ConfigError, JournalError, unknown
 from zotune.evaluate import Metrics
-from zotune.figures import from_json
+from zotune.figures import counted, from_json
 from zotune.journal import locked
 from zotune.journal.records import Contents, line, read, scan, shared
 from zotune.journal.settings import changed
@@ -85,7 +85,8 @@ def rollback(path: StrPath, step: int, overrides: Sequence[str] = ()) -> Branch:
         # JSON takes no NumPy integer, as a script finds its best step with.
         step, done = index(step), len(contents.entries)
         if not 0 <= step <= done:
-            raise ConfigError(f"{path} has {done} finished steps; --step must be from 0 to {done}, not {step}")
+            have = counted(done, "finished step")
+            raise ConfigError(f"{path} has {have}; --step must be from 0 to {done}, not {step}")
         if step == done and not overrides:
             raise ConfigError(f"{path} is at step {done}; give an earlier step, or a setting to change from there on")
         return _go_back(run, contents, step, overrides, "branch")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from zotune.errors import JournalError
-from zotune.figures import finite, from_json
+from zotune.figures import counted, finite, from_json
 
 VERSION = 1
 
@@ -191,7 +191,7 @@ def read(path: Path) -> Contents:
     if damage is not None and not damage.torn:
         repair = shlex.join(["zotune", "journal", "verify", str(path.parent), "--repair"])
         raise JournalError(
-            f"{path}: {damage} (step {steps + 1}). {steps} step{'s' * (steps != 1)} before it can be recovered: "
+            f"{path}: {damage} (step {steps + 1}). {counted(steps, 'step')} before it can be recovered: "
             f"'{repair}' goes back to them and keeps all that is there now."
         )
     return contents

@@ -16,6 +16,7 @@ from zotune import checkpoint
 from zotune.errors import ConfigError
 from zotune.export.drafts import drafted, refuse_existing
 from zotune.export.recipe import Recipe
+from zotune.figures import counted
 from zotune.paths import StrPath, expand
 from zotune.runtimes.base import Runtime
 
@@ -92,7 +93,8 @@ def replay(
     if step is None:
         step = last
     if not 0 <= step <= last:
-        raise ConfigError(f"{run} has {last} finished steps, so there is no step {step}; give one from 0 to {last}")
+        have = counted(last, "finished step")
+        raise ConfigError(f"{run} has {have}, so there is no step {step}; give one from 0 to {last}")
     base, tokenizer = recipe.load_base()
     runtime = recipe.begin(base)
     comparison = _apply(recipe, runtime, step, progress)

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import TypeIs
 
 from zotune.errors import ModelError
-from zotune.figures import percent
+from zotune.figures import counted, percent
 from zotune.layout import Layout, Site
 from zotune.runtimes import norms
 
@@ -54,8 +54,8 @@ def find_sites(model: PreTrainedModel, scope: str, *, lora: bool = False) -> dic
         found[Site(name, tuple(weight.shape), decays(name), turn)] = weight
     if unknown:
         raise ModelError(
-            f"scope {scope!r} cannot tune {len(unknown)} parameters exactly, among them {', '.join(unknown[:3])}. "
-            "Set scope = 'linear' to tune the linear layers only."
+            f"scope {scope!r} cannot tune {counted(len(unknown), 'parameter')} exactly, among them "
+            f"{', '.join(unknown[:3])}. Set scope = 'linear' to tune the linear layers only."
         )
     if not found:
         raise ModelError(f"{type(model).__name__} has no parameter in scope {scope!r}")
@@ -105,11 +105,11 @@ def left_out(model: PreTrainedModel, layout: Layout) -> list[str]:
         elif name not in sites and parameter.dim() > 1 and (is_routed(name) or not _is_plain(owners[id(parameter)])):
             experts[name] = parameter.numel()
     told = (
-        (experts, "are matrices but no linear layers that see every token (experts, routers) and stay as they are"),
-        (towers, "do not belong to the text model and stay as they are"),
+        (experts, "matrices but no linear layers that see every token (experts, routers), left as they are"),
+        (towers, "of no text model, left as they are"),
     )
     return [
-        f"{len(names)} parameters, {percent(sum(names.values()) / total)} of the model, {what}; "
+        f"{counted(len(names), 'parameter')}, {percent(sum(names.values()) / total)} of the model: {what}; "
         f"among them {next(iter(names))}"
         for names, what in told
         if names

@@ -14,6 +14,7 @@ from typing import Any
 
 from zotune.config import ReplicasConfig
 from zotune.errors import ConfigError, EngineError, reason
+from zotune.figures import counted
 from zotune.runtimes.replicas.replica import Replica
 
 _OBJECT_STORE = 128 * 2**20
@@ -36,8 +37,8 @@ class Needs:
     gpus: int
 
     def __str__(self) -> str:
-        cpus = f"{self.cpus} CPU{'s' * (self.cpus != 1)}"
-        return f"{cpus} and {self.gpus} GPU{'s' * (self.gpus != 1)}" if self.gpus else cpus
+        cpus = counted(self.cpus, "CPU")
+        return f"{cpus} and {counted(self.gpus, 'GPU')}" if self.gpus else cpus
 
     def fit(self, resources: dict[str, float]) -> int:
         """How many replicas a node with these resources has room for."""
@@ -108,7 +109,7 @@ class Cluster:
         room = sum(self.needs.fit(resources) for _, resources in nodes)
         if room < replicas:
             there = "; ".join(
-                f"node {name}: {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs"
+                f"node {name}: " + ", ".join(counted(round(resources.get(kind, 0)), kind) for kind in ("CPU", "GPU"))
                 for name, resources in nodes
             )
             raise ConfigError(

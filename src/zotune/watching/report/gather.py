@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.config import Config
+from zotune.figures import counted
 from zotune.journal import read
 from zotune.journal.branches import open_run
 from zotune.presets import PRESETS, resolve
@@ -241,12 +242,12 @@ def _environment(run: RunDirectory) -> Facts:
     """What the manifest says; nothing where it is missing or damaged."""
     manifest = run.read_manifest()
     try:
-        gpus = manifest["gpus"]
+        gpus, used = manifest["gpus"], counted(manifest["threads"], "thread")
         facts = {
             "started": manifest["started"],
             "command": shlex.join(manifest["command"]),
             "platform": manifest["platform"],
-            "processor": f"{manifest['cpu']}, {manifest['cores']} cores, {manifest['threads']} threads used",
+            "processor": f"{manifest['cpu']}, {counted(manifest['cores'], 'core')}, {used} used",
             "GPU": ", ".join(gpus) if gpus else "none",
             **{name: version for name, version in manifest["versions"].items() if version is not None},
         }

@@ -9,6 +9,7 @@ import torch
 
 from zotune.config import AUTO, Config
 from zotune.errors import ZotuneError, required
+from zotune.figures import counted
 from zotune.journal.branches import open_run
 from zotune.reporters import Reporter
 from zotune.watching.differences import shown_apart, values
@@ -107,4 +108,4 @@ def _intent(where: Standing) -> str:
         return "starting"
     if where.state == "interrupted":
         return f"going on after step {where.steps}"
-    return f"{where.state}: {where.reason}" if where.reason else f"{where.state}, {where.steps} steps"
+    return f"{where.state}: {where.reason}" if where.reason else f"{where.state}, {counted(where.steps, 'step')}"
