@@ -12,7 +12,6 @@ from zotune import learning_rate, stopping
 from zotune.config import MADE, Config
 from zotune.errors import ConfigError, JournalError, NonFiniteLossError, StopRun, required
 from zotune.evaluate import Metrics
-from zotune.figures import counted
 from zotune.journal import Entry, Journal, read
 from zotune.journal.branches import open_run
 from zotune.journal.settings import of_length
@@ -106,8 +105,7 @@ def resume(
     session, journal = restore(run, config, notice=notices.append)
     with closing(session):
         if len(journal.entries) > config.train.steps:
-            have = counted(len(journal.entries), "step")
-            raise ConfigError(f"{path} has {have} already, more than {config.train.steps}")
+            raise ConfigError(f"{path} has {len(journal.entries)} steps already, more than {config.train.steps}")
         journal.claim()
         run.reopen(config)
         if journal.dropped:

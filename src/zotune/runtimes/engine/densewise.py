@@ -149,7 +149,7 @@ class DrawnTable:
         """A direction's rows that are here, and zeros where the table is filled up; None where it is not its turn."""
         (part,) = self.parts
         z = moved.at(part)
-        return z if z is None else F.pad(z, (0, 0, 0, self._rows - len(z)))
+        return z if z is None or len(z) == self._rows else F.pad(z, (0, 0, 0, self._rows - len(z)))
 
 
 Drawn = DrawnMatrix | DrawnTable | TunedVector
