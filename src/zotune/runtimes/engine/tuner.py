@@ -96,17 +96,19 @@ class Tuner:
         """The update bank, if there is to be one."""
         found = {place.part.site: self.engine.quantisation(place) for place in self.places}
         fixed = {site: how for site, how in found.items() if how is not None}
-        low_rank = isinstance(self.space, TokenSpace)
-        if budget and isinstance(self.space, TokenSpace):
+        if not isinstance(self.space, TokenSpace):
+            way = "Use a low-rank preset, such as lozo."
+        elif budget:
             return Bank(self.space, budget, fixed, lambda: self.weights)
-        for site, how in fixed.items():
+        else:
             way = (
                 f"Set runtime.vllm.bank_rank, for example to {32 * self.method.rank}: the update bank keeps them "
                 "beside the weight."
             )
+        for site, how in fixed.items():
             raise ModelError(
                 f"{site.name} is quantised ({how}), as are {len(fixed) - 1} more of {len(found)} sites, so there is no "
-                f"weight to put updates into. {way if low_rank else 'Use a low-rank preset, such as lozo.'}"
+                f"weight to put updates into. {way}"
             )
         return None
 
