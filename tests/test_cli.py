@@ -377,11 +377,20 @@ def test_a_run_outlives_the_reader_of_its_output(config_file: Path, tmp_path: Pa
     assert "Traceback" not in "".join(told)
 
 
+@pytest.fixture(params=[False, True], ids=["no handler", "another handler"])
+def others_handler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """SIGTERM as a process has it, or with a handler such as Ray leaves behind."""
+    before = signal.signal(signal.SIGTERM, (lambda number, _: sys.exit(number)) if request.param else signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [(signal.SIGINT, INTERRUPTED, "interrupted"), (signal.SIGTERM, TERMINATED, "terminated")],
 )
 @pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.usefixtures("others_handler")
 def test_a_signal_while_a_run_is_loaded_is_answered(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, word: str, begun: bool
 ) -> None:

@@ -34,15 +34,17 @@ class Interrupted(BaseException):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` here, as Ctrl-C raises KeyboardInterrupt, unless somebody else sees to it."""
-    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if own:
-        signal.signal(signal.SIGTERM, _end)
+    """SIGTERM raises `Terminated` here, as Ctrl-C raises KeyboardInterrupt; where and how, see `Signals`."""
+    before = signal.getsignal(signal.SIGTERM)
+    # Ray, for one, leaves a handler behind that exits without a word.
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGTERM, _end)
     try:
         yield
     finally:
-        if own:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(number: int, _: FrameType | None) -> None:
