@@ -71,7 +71,7 @@ def _checkpoint(config: Config) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("preset", ["lozo", "mezo", "mezo-lora"])
+@pytest.mark.parametrize("preset", ["lozo", pytest.param("mezo", marks=pytest.mark.slow), "mezo-lora"])
 def test_either_runtime_replays_the_other_ones_journal(run_on: Callable[..., Config], preset: str) -> None:
     method: dict[str, Any] = {} if preset == "lozo" else {"preset": preset, "interval": None}
     engine, embedded = (run_on(kind, kind).having("method", **method) for kind in ("vllm", "torch"))
